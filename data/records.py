@@ -1,0 +1,181 @@
+"""The training sample: a query, its positives, its hard negatives.
+
+JSON form (unknown keys are errors, so that a misspelt `negative` cannot vanish):
+
+    {"query": str, "positives": [doc, ...], "negatives": [doc, ...],
+     "query_id"?: str, "source"?: str, "lang"?: str, "scores"?: {doc_id: float}}
+    doc = {"id"?: str, "title"?: str, "text": str}
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from drama.errors import UserError, nearest
+
+RECORD_KEYS = ("query", "positives", "negatives", "query_id", "source", "lang", "scores")
+DOCUMENT_KEYS = ("id", "title", "text")
+
+
+def content_id(title: str, text: str) -> str:
+    """The 64-bit id (16 hex digits) of a document's normalised text.
+
+    Title and text are joined by a space, then NFKC, case folding and collapsed white space, so
+    that copies which differ only in these get one id.
+    """
+    folded = unicodedata.normalize("NFKC", f"{title} {text}").casefold()
+    return blake2b(" ".join(folded.split()).encode(), digest_size=8).hexdigest()
+
+
+def document_hash64(document_id: str) -> int:
+    """The document's id as a signed 64-bit integer, for comparing ids in an int64 tensor."""
+    digest = blake2b(document_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document. An empty `id` becomes `content_id(title, text)`."""
+
+    text: str
+    title: str = ""
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", content_id(self.title, self.text))
+
+    @classmethod
+    def from_json(cls, value: Any, where: str = "document") -> Document:
+        """Build one from a parsed JSON object. `where` names it in messages ("positives[0]").
+
+        Raises:
+            UserError: wrong type, unknown key, invalid text, or neither title nor text.
+        """
+        _check_keys(value, DOCUMENT_KEYS, where)
+        if "text" not in value:
+            raise UserError(f"{where} has no 'text'")
+        text, title, id_ = (_text(value, key, f"{where}.") for key in ("text", "title", "id"))
+        if not text.strip() and not title.strip():
+            raise UserError(f"{where}.text is empty")
+        return cls(text=text, title=title, id=id_)
+
+    def to_json(self) -> dict[str, str]:
+        """The JSON object; `from_json` gives the same document back."""
+        title = {"title": self.title} if self.title else {}
+        return {"id": self.id, **title, "text": self.text}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One training sample. `scores` maps document ids to a teacher's relevance scores."""
+
+    query: str
+    positives: tuple[Document, ...]
+    negatives: tuple[Document, ...] = ()
+    query_id: str = ""
+    source: str = ""
+    lang: str = ""
+    scores: dict[str, float] | None = None
+
+    @classmethod
+    def from_json(cls, value: Any) -> Record:
+        """Build one from a parsed JSON object.
+
+        Raises:
+            UserError: names the key at fault and the fault; the caller adds file and line.
+        """
+        _check_keys(value, RECORD_KEYS, "record")
+        for key in ("query", "positives"):
+            if key not in value:
+                raise UserError(f"record has no '{key}'{nearest(key, value)}")
+        query = _text(value, "query")
+        if not query.strip():
+            raise UserError("query is empty")
+        positives = _documents(value, "positives")
+        if not positives:
+            raise UserError("positives is empty: a record needs at least one positive")
+        negatives = _documents(value, "negatives")
+        return cls(
+            query=query,
+            positives=positives,
+            negatives=negatives,
+            query_id=_text(value, "query_id"),
+            source=_text(value, "source"),
+            lang=_text(value, "lang"),
+            scores=_scores(value["scores"], (*positives, *negatives))
+            if "scores" in value
+            else None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object; `from_json` gives the same record back."""
+        value: dict[str, Any] = {
+            "query": self.query,
+            "positives": [document.to_json() for document in self.positives],
+            "negatives": [document.to_json() for document in self.negatives],
+        }
+        for key in ("query_id", "source", "lang"):
+            if text := getattr(self, key):
+                value[key] = text
+        if self.scores is not None:
+            value["scores"] = self.scores
+        return value
+
+
+def _check_keys(value: Any, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a JSON object, not {_type_name(value)}")
+    if not value:
+        raise UserError(f"empty {where}")
+    for key in value:
+        if key not in known:
+            raise UserError(f"{where} has the unknown key '{key}'{nearest(key, known)}")
+
+
+def _text(value: dict[str, Any], key: str, prefix: str = "") -> str:
+    text = value.get(key, "")
+    if not isinstance(text, str):
+        raise UserError(f"{prefix}{key} must be a string, not {_type_name(text)}")
+    if not text.isascii():
+        # JSON can spell half a surrogate pair ("\ud800"), which no UTF-8 file can hold.
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{prefix}{key} holds an unpaired surrogate at character {error.start}"
+            ) from None
+    return text
+
+
+def _documents(value: dict[str, Any], key: str) -> tuple[Document, ...]:
+    items = value.get(key, [])
+    if not isinstance(items, list):
+        raise UserError(f"{key} must be a list of documents, not {_type_name(items)}")
+    return tuple(Document.from_json(item, f"{key}[{i}]") for i, item in enumerate(items))
+
+
+def _scores(value: Any, documents: Iterable[Document]) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise UserError(f"scores must be an object of numbers, not {_type_name(value)}")
+    ids = {document.id for document in documents}
+    for key, score in value.items():
+        if key not in ids:
+            raise UserError(f"scores names document '{key}', which the record does not hold")
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise UserError(f"scores['{key}'] must be a number, not {_type_name(score)}")
+        if not math.isfinite(score):
+            raise UserError(f"scores['{key}'] is {score}, not a finite number")
+    return {key: float(score) for key, score in value.items()}
+
+
+def _type_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    if value is None:
+        return "null"
+    return names.get(type(value), "a number")

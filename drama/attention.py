@@ -1,0 +1,148 @@
+"""Attention over packed sequences: one function, one back end chosen per device and printed once.
+
+    CUDA, flash-attn installed    flash_attn_varlen_func
+    CUDA                          torch.nn.attention.varlen (torch >= 2.11; flash attention inside)
+    CPU                           scaled_dot_product_attention, sequence by sequence
+
+It is registered with transformers under the name `drama_varlen`, so Hugging Face's own blocks call
+it. Without a packed layout (a padded batch through the model's own `forward`) it is plain SDPA.
+
+T packed tokens, B sequences, H query heads, G key/value heads, E head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from drama.console import console
+
+ATTENTION_NAME = "drama_varlen"
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where the sequences of a packed batch lie.
+
+    cu_seqlens: int32 [B + 1] on the model's device. lengths: the same on the host.
+    """
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    causal: bool
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths)
+
+
+@functools.cache
+def backend(device_type: str) -> str:
+    """Name the attention back end of a device type; prints the choice the first time."""
+    if device_type != "cuda":
+        name, why = "sdpa per sequence", "no varlen kernel for this device"
+    elif importlib.util.find_spec("flash_attn") is not None:
+        name, why = "flash-attn varlen", "flash_attn is installed"
+    else:
+        name, why = "torch varlen", "flash_attn is not installed"
+    console.print(f"attention: {name} ({why})")
+    return name
+
+
+def varlen_attention(
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: PackedLayout, scale: float
+) -> Tensor:
+    """Attention of every packed sequence over itself alone; returns [T, H, E].
+
+    H is a multiple of G. Causal or bidirectional as the layout says.
+    """
+    choice = backend(q_THE.device.type)
+    if choice == "flash-attn varlen":
+        from flash_attn import flash_attn_varlen_func
+
+        cu, longest = layout.cu_seqlens, layout.max_seqlen
+        return flash_attn_varlen_func(
+            q_THE, k_TGE, v_TGE, cu, cu, longest, longest,
+            softmax_scale=scale, causal=layout.causal,
+        )  # fmt: skip
+    if choice == "torch varlen":
+        return _torch_varlen(q_THE, k_TGE, v_TGE, layout, scale)
+    return _sdpa_per_sequence(q_THE, k_TGE, v_TGE, layout, scale)
+
+
+def _torch_varlen(
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: PackedLayout, scale: float
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if _varlen_declares_gqa():
+        options = {"enable_gqa": True}
+    else:  # torch 2.11 has no flag for it: repeat the heads
+        options = {}
+        group = q_THE.shape[1] // k_TGE.shape[1]
+        k_TGE, v_TGE = (x.repeat_interleave(group, 1) for x in (k_TGE, v_TGE))
+    cu, longest = layout.cu_seqlens, layout.max_seqlen
+    window = (-1, 0) if layout.causal else (-1, -1)
+    return varlen_attn(
+        q_THE, k_TGE, v_TGE, cu, cu, longest, longest, scale=scale, window_size=window, **options
+    )
+
+
+@functools.cache
+def _varlen_declares_gqa() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _sdpa_per_sequence(
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: PackedLayout, scale: float
+) -> Tensor:
+    """Neighbours of equal length share one call; a batch sorted by length makes long runs of them."""
+    runs = [(length, len(list(group))) for length, group in itertools.groupby(layout.lengths)]
+    sizes = [length * count for length, count in runs]
+    outputs = []
+    for (length, count), q, k, v in zip(
+        runs, q_THE.split(sizes), k_TGE.split(sizes), v_TGE.split(sizes), strict=True
+    ):
+        q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, scale=scale, is_causal=layout.causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def _attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    layout: PackedLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface: query [1, H, T, E] in, [1, T, H, E] out."""
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    assert scaling is not None
+    q_THE, k_TGE, v_TGE = (x[0].transpose(0, 1) for x in (query, key, value))
+    return varlen_attention(q_THE, k_TGE, v_TGE, layout, scaling)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)

@@ -1,0 +1,120 @@
+"""Checkpoints of a run: whole or not there, and only loadable into the run they came from.
+
+    RUN/checkpoints/step-N/state.json    step, world size, and the size of every file, written last
+                           zero/         DeepSpeed's shards: weights, optimizer, schedule
+                           model/        the retriever at this step, ready to use
+
+The data position is a function of the step and needs no state of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor
+
+from drama.errors import UserError
+
+STATE = "state.json"
+
+
+def full_state_dict(engine: Any, module: torch.nn.Module) -> dict[str, Tensor]:
+    """Gather float32 weights of a partitioned module, one parameter at a time.
+
+    Every rank must call it; rank 0 gets the dictionary (on the CPU), the others an empty one.
+    """
+    stage = engine.zero_optimization_stage()
+    weights = {}
+    for name, parameter in module.named_parameters():
+        full = safe_get_full_fp32_param(parameter) if stage or engine.bfloat16_enabled() else None
+        if full is None:
+            full = parameter
+        if engine.global_rank == 0:
+            weights[name] = full.detach().to("cpu", torch.float32, copy=True)
+    return weights
+
+
+def save(
+    engine: Any,
+    folder: Path,
+    step: int,
+    *,
+    keep_last: int,
+    write_model: Callable[[Path], None],
+) -> None:
+    """Write `folder/step-N`; every rank must call it.
+
+    `write_model(path)` is called on every rank and writes the retriever on rank 0. Older
+    checkpoints beyond `keep_last` are removed after the new one is whole.
+    """
+    target, temporary = folder / f"step-{step}", folder / f".step-{step}.partial"
+    if engine.global_rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _barrier()
+    engine.save_checkpoint(str(temporary), tag="zero", save_latest=False)
+    write_model(temporary / "model")
+    _barrier()
+    if engine.global_rank == 0:
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        state = {
+            "step": step,
+            "world_size": engine.world_size,
+            "files": {str(p.relative_to(temporary)): p.stat().st_size for p in files},
+        }
+        (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+        for path in (*files, temporary / STATE):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        for old in whole_checkpoints(folder)[:-keep_last]:
+            shutil.rmtree(old)
+    _barrier()
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that are complete by their own file list, oldest first."""
+    found = [path for path in folder.glob("step-*") if (path / STATE).is_file()]
+    return sorted(
+        (path for path in found if not faults(path)), key=lambda p: int(p.name.split("-")[1])
+    )
+
+
+def faults(checkpoint: Path) -> list[str]:
+    """Files of a checkpoint that are missing or have another size than its list says."""
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return [
+        name
+        for name, size in state["files"].items()
+        if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size
+    ]
+
+
+def load(engine: Any, checkpoint: Path) -> int:
+    """Load weights, optimizer and schedule; return the number of steps that were done.
+
+    Raises:
+        UserError: saved with another number of ranks.
+    """
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if state["world_size"] != engine.world_size:
+        raise UserError(
+            f"{checkpoint} was saved by {state['world_size']} ranks, this run has "
+            f"{engine.world_size}; start with --num_gpus {state['world_size']}"
+        )
+    engine.load_checkpoint(str(checkpoint), tag="zero")
+    return int(state["step"])
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

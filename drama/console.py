@@ -1,0 +1,35 @@
+"""One console for everything that people watch: tables, notes and progress bars, on stderr."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True)
+
+
+def progress(*, disable: bool = False) -> Progress:
+    """A progress display: name, bar, share, count, elapsed, remaining, and a free `note` field.
+
+    Use as a context manager; `add_task(name, total=n, note="")`, then `update(task, advance=1,
+    note="...")`.
+    """
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=disable,
+    )

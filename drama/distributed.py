@@ -1,0 +1,71 @@
+"""The ranks of a run: started by `deepspeed`, `torchrun`, or alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from drama.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among its peers, and the device it owns."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    @contextmanager
+    def start(cls) -> Iterator[Ranks]:
+        """Join the process group that the launcher's environment describes, or one of a single rank.
+
+        On the CPU the cores are shared out among the ranks of this machine.
+
+        Raises:
+            UserError: the port of the rendezvous is in use.
+        """
+        if "RANK" not in os.environ:
+            alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+            os.environ.update({key: str(value) for key, value in alone.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if torch.cuda.is_available():
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device("cpu")
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        try:
+            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        except (RuntimeError, ValueError) as error:
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+                raise UserError(
+                    f"port {os.environ['MASTER_PORT']} is in use; give another one with "
+                    "deepspeed --master_port PORT"
+                ) from error
+            raise
+        yield cls(dist.get_rank(), dist.get_world_size(), device)
+        # nobody leaves before everybody is done: gloo aborts when a peer closes during teardown
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on right now."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])

@@ -1,0 +1,285 @@
+"""The retriever: a Hugging Face backbone run over packed tokens, pooled to one vector a text.
+
+B texts, T packed tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from drama.attention import ATTENTION_NAME, PackedLayout
+from drama.data.batches import PackedBatch, count_chunks, even_chunks, pack
+from drama.errors import UserError
+from drama.kernels.pool import pool_last, pool_mean
+from drama.tokenizer import Kind, TextEncoder, load_tokenizer
+
+Pooling = Literal["last", "mean"]
+Attention = Literal["bidirectional", "causal"]
+
+
+@dataclass(frozen=True)
+class RetrieverSettings:
+    """What makes a backbone a retriever; stored with the model in sentence-transformers' files."""
+
+    pooling: Pooling = "last"
+    attention: Attention = "bidirectional"
+    query_prefix: str = "Query: "
+    document_prefix: str = ""
+    matryoshka_dims: tuple[int, ...] = ()
+    max_tokens: int = 512
+
+
+class Encoder(nn.Module):
+    """Backbone, tokenizer and settings of one retriever.
+
+    `forward` takes a packed batch and returns unnormalised vectors [B, D]; `embed` takes token rows
+    and returns normalised ones. The final norm runs on what the pooling reads.
+    """
+
+    def __init__(self, backbone: Any, tokenizer: Any, settings: RetrieverSettings) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.text_encoder = TextEncoder(tokenizer, settings.query_prefix, settings.document_prefix)
+        # transformers >= 5.2 reads this key in Llama-like models; EuroBERT is never causal
+        backbone.config.is_causal = settings.attention == "causal"
+
+    # -- loading ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        settings: RetrieverSettings | None = None,
+    ) -> Encoder:
+        """Load a retriever folder, or a plain Llama-like folder with the default settings.
+
+        Args:
+            settings: instead of the folder's own; training sets them from the recipe.
+            dtype: of the weights; float32 by default.
+
+        Raises:
+            UserError: not a model folder, weights or tokenizer missing, an architecture without
+                Llama-like blocks, or a mask that is not the one that the settings declare.
+        """
+        folder = Path(path)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: not a model folder (config.json is missing)")
+        settings = settings or read_settings(folder)
+        tokenizer = load_tokenizer(folder)
+        try:
+            backbone = AutoModel.from_pretrained(
+                folder, dtype=dtype or torch.float32, attn_implementation=ATTENTION_NAME
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder}: the model cannot be loaded: {error}") from error
+        missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb")
+                   if not hasattr(backbone, n)]  # fmt: skip
+        if missing:
+            raise UserError(
+                f"{folder}: architecture {type(backbone).__name__} has no {missing[0]}; "
+                "Llama, Mistral, Qwen2, Qwen3 and EuroBERT models fit"
+            )
+        encoder = cls(backbone, tokenizer, settings).to(device or "cpu").eval()
+        encoder.check_mask(where=str(folder))
+        return encoder
+
+    @property
+    def dim(self) -> int:
+        """Width D of the vectors."""
+        return self.backbone.config.hidden_size
+
+    @property
+    def matryoshka_dims(self) -> tuple[int, ...]:
+        return self.settings.matryoshka_dims or (self.dim,)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.settings.max_tokens
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    # -- the packed forward -------------------------------------------------------------------
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return unnormalised vectors [B, D] in the weights' dtype."""
+        hidden_TD = self.hidden_states(batch)
+        if self.settings.pooling == "last":
+            return self.backbone.norm(pool_last(hidden_TD, batch.cu_seqlens))
+        return pool_mean(self.backbone.norm(hidden_TD), batch.cu_seqlens)
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Return the residual stream after the last block, before the final norm, [T, D]."""
+        layout = PackedLayout(
+            batch.cu_seqlens, batch.lengths, causal=self.settings.attention == "causal"
+        )
+        positions_1T = batch.position_ids_T[None]
+        hidden_1TD = self.backbone.embed_tokens(batch.input_ids_T[None])
+        rotary = self.backbone.rotary_emb(hidden_1TD, position_ids=positions_1T)
+        for layer in self.backbone.layers:
+            hidden_1TD = layer(
+                hidden_1TD,
+                attention_mask=None,
+                position_embeddings=rotary,
+                position_ids=positions_1T,
+                layout=layout,
+            )
+        return hidden_1TD[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
+        """Move or cast as usual, but keep the rotary frequencies in float32.
+
+        `module.bfloat16()`, which DeepSpeed calls, would round them too: positions past a few
+        hundred would then rotate by wrong angles.
+        """
+        rotary = self.backbone.rotary_emb
+        exact = {n: b for n, b in rotary.named_buffers() if b.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = getattr(rotary, name)
+            if moved.dtype != torch.float32:
+                setattr(rotary, name, buffer.to(moved.device))
+        return self
+
+    # -- texts to vectors ---------------------------------------------------------------------
+
+    def tokenize(
+        self, texts: Sequence[str], kind: Kind, max_tokens: int | None = None
+    ) -> list[list[int]]:
+        """Return token ids with prefix and EOS, cut at `max_tokens` (default: the model's)."""
+        return self.text_encoder(texts, kind, max_tokens or self.max_tokens)[0]
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        token_rows: Sequence[Sequence[int]],
+        *,
+        dim: int | None = None,
+        token_budget: int = 8192,
+    ) -> np.ndarray:
+        """Return L2-normalised float32 vectors [len(token_rows), dim], in the order given.
+
+        Rows are sorted by length, packed and run in chunks of about `token_budget` tokens.
+
+        Raises:
+            UserError: `dim` is wider than the model.
+        """
+        width = dim or self.dim
+        if width > self.dim:
+            raise UserError(f"dim {width} is wider than the model's {self.dim}")
+        vectors_BD = np.empty((len(token_rows), width), np.float32)
+        if not len(token_rows):
+            return vectors_BD
+        order = sorted(range(len(token_rows)), key=lambda i: len(token_rows[i]))
+        lengths = [len(token_rows[i]) for i in order]
+        for chunk in even_chunks(lengths, count_chunks(lengths, token_budget)):
+            rows = [order[i] for i in chunk]
+            out_BD = self(pack([token_rows[i] for i in rows]).to(self.device))
+            vectors_BD[rows] = F.normalize(out_BD[:, :width].float(), dim=1).cpu().numpy()
+        return vectors_BD
+
+    def encode(
+        self, texts: Sequence[str], kind: Kind, *, dim: int | None = None, token_budget: int = 8192
+    ) -> np.ndarray:
+        """Tokenise and embed texts: float32 [len(texts), dim], normalised."""
+        return self.embed(self.tokenize(texts, kind), dim=dim, token_budget=token_budget)
+
+    # -- the mask probe -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check_mask(self, where: str = "model") -> None:
+        """Run the model and refuse it when its mask is not the declared one.
+
+        Changes the last token of a text and looks at the first token's state, through the packed
+        path and through the model's own padded forward (a short row beside a longer one: some
+        overrides are bidirectional only where nothing is padded). A neighbour in the packed batch
+        must not notice the change.
+
+        Raises:
+            UserError: declared and real mask differ.
+        """
+        causal = self.settings.attention == "causal"
+        ids = [token % self.backbone.config.vocab_size for token in (11, 12, 13, 14)]
+        changed, neighbour = [*ids[:-1], 15 % self.backbone.config.vocab_size], ids + ids
+        seen = {}
+        before, after = (
+            self.hidden_states(pack([row, neighbour]).to(self.device)) for row in (ids, changed)
+        )
+        if not torch.equal(before[4:], after[4:]):
+            raise UserError(f"{where}: packed texts see each other; attention back end is broken")
+        seen["packed"] = not torch.equal(before[0], after[0])
+        padded = []
+        for row in (ids, changed):
+            batch = torch.tensor([row + ids, neighbour], device=self.device)
+            mask = torch.ones_like(batch)
+            mask[0, len(row) :] = 0
+            padded.append(self.backbone(input_ids=batch, attention_mask=mask).last_hidden_state)
+        seen["padded"] = not torch.equal(padded[0][0, 0], padded[1][0, 0])
+        for path, sees_ahead in seen.items():
+            if sees_ahead == causal:
+                real = "bidirectional" if sees_ahead else "causal"
+                raise UserError(
+                    f"{where}: declared {self.settings.attention}, but the {path} forward is "
+                    f"{real}; check is_causal in config.json and the transformers version"
+                )
+
+
+def read_settings(folder: Path) -> RetrieverSettings:
+    """Read pooling, mask, prefixes, widths and length from a retriever folder's files.
+
+    A folder without sentence-transformers files gets the defaults, but the mask of its architecture
+    where that is known to be bidirectional.
+
+    Raises:
+        UserError: a file that is no JSON, or a pooling other than last or mean.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    settings = RetrieverSettings()
+    dims = getattr(config, "matryoshka_dimensions", None)
+    if dims:
+        settings = replace(settings, matryoshka_dims=tuple(dims))
+    if not (folder / "modules.json").is_file():
+        return settings
+    declared_causal = getattr(config, "is_causal", config.model_type != "eurobert")
+    settings = replace(settings, attention="causal" if declared_causal else "bidirectional")
+    pooling = _read_json(folder / "1_Pooling" / "config.json")
+    if pooling.get("pooling_mode_lasttoken"):
+        settings = replace(settings, pooling="last")
+    elif pooling.get("pooling_mode_mean_tokens"):
+        settings = replace(settings, pooling="mean")
+    else:
+        raise UserError(f"{folder}/1_Pooling/config.json: pooling is neither last token nor mean")
+    prompts = _read_json(folder / "config_sentence_transformers.json").get("prompts", {})
+    limit = _read_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    return replace(
+        settings,
+        query_prefix=prompts.get("query", ""),
+        document_prefix=prompts.get("document", ""),
+        max_tokens=limit or settings.max_tokens,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    return content

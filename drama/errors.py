@@ -1,0 +1,32 @@
+"""What a user did wrong, said in one line.
+
+Every check of user input raises `UserError`; the command line and the launchers turn it into that
+line on stderr and exit code 2. A fault of ours is any other exception and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what is wrong, where, and how to mend it."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the choice closest to `word`, or ""."""
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+@contextmanager
+def exit_on_user_error(program: str) -> Iterator[None]:
+    """Print a `UserError` as one line on stderr and exit with code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,222 @@
+"""Figures of a run and of an evaluation, drawn by matplotlib without a display.
+
+Axes name their units, numbers carry thousands separators. Every function returns a
+`matplotlib.figure.Figure`; `svg` and `save_png` write one.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from drama.files import replacing
+
+INK, GREY, GRID = "#1f2933", "#66717d", "#e4e7eb"
+COLOURS = ("#2f6db3", "#e08a2e", "#3a9a7b", "#8a63b8", "#c8553d", "#7b8794", "#b5a02c", "#4fb3d0")
+SIZE = (6.4, 3.2)  # inches
+MAX_POINTS = 1000  # a curve is averaged down to this many
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.parse_math": False,  # a name with a $ in it is a name
+    "svg.fonttype": "none",  # text stays text: small files, the reader's own font
+    "svg.hashsalt": "drama",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.axisbelow": True,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.labelcolor": INK,
+}
+
+Line = Mapping[str, Any]  # of metrics.jsonl
+Results = Mapping[str, Any]  # of evaluation.json
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One figure over the steps: a field of metrics.jsonl times `scale`, in units of `label`."""
+
+    field: str
+    title: str
+    label: str
+    scale: float = 1.0
+    noisy: bool = True  # drawn as a running mean once it is long
+    format: str = ",.0f"
+
+
+CURVES = (
+    Curve("tokens_per_s", "Throughput", "tokens/s"),
+    Curve("pairs_per_s", "Training pairs", "pairs/s"),
+    Curve("mfu", "Model FLOPs utilisation", "% of peak", scale=100, format="g"),
+    Curve("peak_mem_mib", "Peak memory", "GiB", scale=1 / 1024, noisy=False, format="g"),
+    Curve("data_wait_s", "Waiting for data", "ms per step", scale=1000, format=",g"),
+    Curve("lr", "Learning rate", "learning rate", noisy=False, format=".1e"),
+    Curve("grad_norm", "Gradient norm before clipping", "norm", format=",g"),
+)
+
+
+def training_figures(lines: Sequence[Line]) -> list[Figure]:
+    """The loss, then each of `CURVES`; fields that no line has are left out."""
+    with matplotlib.rc_context(STYLE):
+        figures = [_loss(lines)] if _has(lines, "loss") else []
+        return figures + [_draw(lines, curve) for curve in CURVES if _has(lines, curve.field)]
+
+
+def evaluation_bars(results: Results) -> Figure:
+    """Grouped bars: a group a metric, a colour a system, the value above each bar."""
+    systems: Mapping[str, Any] = results["systems"]
+    metrics = list(next(iter(systems.values()))["metrics"])
+    width = 0.8 / len(systems)
+    inches = max(SIZE[0], 1.2 + 0.62 * len(metrics) * len(systems))
+    title = f"{results.get('dataset', '')} {results.get('split', '')}".strip() or "Evaluation"
+    if "num_queries" in results:
+        title += f", {results['num_queries']:,} queries"
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(title, "score, 0 to 1", ".1f", (inches, 3.6))
+        for number, (name, system) in enumerate(systems.items()):
+            places = np.arange(len(metrics)) + (number - (len(systems) - 1) / 2) * width
+            values = [system["metrics"][metric] for metric in metrics]
+            colour = COLOURS[number % len(COLOURS)]
+            bars = axes.bar(places, values, width * 0.9, color=colour, label=name)
+            blank = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+            axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8.5, color=INK, bbox=blank)
+        axes.set_xlabel("")
+        axes.set_xticks(range(len(metrics)), metrics, color=INK)
+        axes.tick_params(axis="x", length=0, pad=6)
+        axes.set_ylim(0, 1.08)
+        axes.set_yticks(np.linspace(0, 1, 6))
+        figure.legend(loc="outside lower center", ncols=min(4, len(systems)))
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save_png(figure: Figure, path: str | Path) -> None:
+    """Write the figure as a PNG, at 200 dots an inch."""
+    with replacing(path) as temporary, matplotlib.rc_context(STYLE):
+        figure.savefig(temporary, format="png", dpi=200, metadata={"Software": None})
+
+
+def _loss(lines: Sequence[Line]) -> Figure:
+    figure, axes = _axes("Contrastive loss", "loss", "g")
+    steps = _column([line["step"] for line in lines])
+    losses = _column([line.get("loss") for line in lines])
+    widths = sorted({w for line in lines for w in line.get("loss_by_prefix") or {}}, key=int)
+    if len(widths) > 1:
+        for width, colour in zip(widths, _ramp(len(widths)), strict=True):
+            prefix = _column([(line.get("loss_by_prefix") or {}).get(width) for line in lines])
+            _plot(axes, steps, prefix, colour, f"{int(width):,} dimensions", faint=False)
+    _plot(axes, steps, losses, INK, "all, weighted" if len(widths) > 1 else "loss")
+    if len(widths) > 1:
+        axes.legend(ncols=2, loc="upper right")
+    return figure
+
+
+def _draw(lines: Sequence[Line], curve: Curve) -> Figure:
+    figure, axes = _axes(curve.title, curve.label, curve.format)
+    steps = _column([line["step"] for line in lines])
+    values = _column([line.get(curve.field) for line in lines]) * curve.scale
+    _plot(axes, steps, values, COLOURS[0], curve.title, noisy=curve.noisy)
+    highest = float(values[np.isfinite(values)].max(initial=0))
+    axes.set_ylim(0, highest * 1.1 or 1)
+    return figure
+
+
+def _axes(
+    title: str, label: str, format: str, size: tuple[float, float] = SIZE
+) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, pad=10)
+    axes.set_ylabel(label)
+    axes.set_xlabel("step")
+    axes.grid(axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:{format}}" if y else "0"))
+    return figure, axes
+
+
+def _plot(
+    axes: Axes,
+    steps: np.ndarray,
+    values: np.ndarray,
+    colour: Any,
+    label: str,
+    *,
+    noisy: bool = True,
+    faint: bool = True,
+) -> None:
+    """Draw a curve; a long noisy one as its running mean, over the faint steps if `faint`."""
+    size = math.ceil(len(steps) / MAX_POINTS)
+    steps, values = _binned(steps, size), _binned(values, size)
+    reach = len(values) // 50
+    if noisy and reach:
+        if faint:
+            axes.plot(steps, values, color=to_rgba(colour, 0.25), linewidth=0.8)
+        values = _running_mean(values, reach)
+    marker = "o" if len(values) == 1 else ""
+    axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, label=label)
+
+
+def _has(lines: Sequence[Line], field: str) -> bool:
+    return any(line.get(field) is not None for line in lines)
+
+
+def _column(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([math.nan if value is None else value for value in values], np.float64)
+
+
+def _binned(values: np.ndarray, size: int) -> np.ndarray:
+    """Means of `size` neighbours; the last bin may be shorter."""
+    starts = np.arange(0, len(values), size)
+    return np.add.reduceat(values, starts) / np.diff([*starts, len(values)])
+
+
+def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean of each value and its `reach` neighbours on both sides; values not finite are skipped.
+
+    Towards the ends the window narrows on both sides alike, so the curve neither lags nor bends.
+    """
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    places = np.arange(len(values))
+    half = np.minimum(reach, np.minimum(places, places[::-1]))
+    first, end = places - half, places + half + 1
+    num = count[end] - count[first]
+    return np.where(num > 0, (total[end] - total[first]) / np.maximum(num, 1), math.nan)
+
+
+def _ramp(num: int) -> list[Any]:
+    """Light to dark, for widths in ascending order."""
+    return [matplotlib.colormaps["YlGnBu"](x) for x in np.linspace(0.35, 0.85, num)]

@@ -1,0 +1,56 @@
+"""Hugging Face model folders: what is shared by everything that reads or writes one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from drama.errors import UserError
+from drama.files import replacing
+
+
+def write_rope_keys(folder: str | Path) -> None:
+    """Make `folder/config.json` hold both RoPE key sets, whichever one it has.
+
+    transformers 5 reads `rope_parameters`; transformers 4 reads `rope_theta` and `rope_scaling`,
+    and takes theta 10,000 without a word where they are missing. Other keys stay as they are.
+
+    Raises:
+        UserError: no config.json in the folder.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json; give a Hugging Face model folder")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    config["rope_parameters"] = rope
+    config["rope_theta"] = rope["rope_theta"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def build_llama(config: LlamaConfig, state: dict[str, Tensor]) -> LlamaForCausalLM:
+    """Return a Llama whose parameters are the tensors of `state`, without copying or initialising.
+
+    `state` names every parameter (with tied embeddings `lm_head.weight` may be left out). The model
+    is in evaluation mode.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    if config.tie_word_embeddings:
+        state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    # its buffers are not part of a state dict, so they would stay on the meta device
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    return model.eval()

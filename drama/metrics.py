@@ -1,0 +1,99 @@
+"""What a step cost: tokens, FLOPs, share of the machine's peak, memory; one JSON line a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drama.files import replacing
+
+# dense bf16 peak in FLOP/s, from the vendors' data sheets, by a part of the device's name
+GPU_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "A10": 125e12,
+}
+
+
+def forward_flops(config: Any, lengths: Sequence[int]) -> float:
+    """FLOPs of one forward pass over packed texts of these lengths, the embedding look-up free.
+
+    2 per weight and token, and 4 * heads * head_dim * length per token for the two attention
+    products (bidirectional; a causal mask is counted in full, as kernels' users expect).
+    """
+    width = config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    q_width = config.num_attention_heads * head_dim
+    kv_width = config.num_key_value_heads * head_dim
+    weights = 2 * width * (q_width + kv_width) + 3 * width * config.intermediate_size
+    tokens, squares = sum(lengths), sum(n * n for n in lengths)
+    return float(config.num_hidden_layers * (2 * weights * tokens + 4 * q_width * squares))
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> float:
+    """FLOP/s of a square matrix product on this process's share of the device, measured."""
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    torch.mm(a, b)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        torch.mm(a, b)
+        count += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return 2 * size**3 * count / (time.perf_counter() - start)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The rank's peak: the data sheet's for a known GPU in bf16, else a measured matrix rate."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in GPU_PEAK_FLOPS.items():
+            if part in name:
+                return peak
+    return matmul_rate(device, dtype)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Highest memory so far: the allocator's on CUDA, the process's resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object a line, flushed line by line; resuming drops later lines."""
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step(line) < first_step]
+            with replacing(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):  # the line that a kill cut short
+        return float("inf")

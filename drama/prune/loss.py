@@ -1,0 +1,59 @@
+"""The language-model loss on packed rows, and the precision that the passes run in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+
+def pass_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where its matrix products are faster on `device` than float32's.
+
+    On CUDA that is known; on a CPU it depends on the instruction set, so a small product is timed
+    in both (a few milliseconds).
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return min((torch.float32, torch.bfloat16), key=_matmul_seconds)
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+@contextmanager
+def inference(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """No graph, and matrix products in `dtype` with the weights left as they are.
+
+    Autocast keeps the residual stream and the norms in float32, and needs no second copy of the
+    model; float32 and float64 models run as they are when `dtype` is float32.
+    """
+    lower = dtype != torch.float32
+    with torch.inference_mode(), torch.autocast(device.type, dtype if lower else None, lower):
+        yield
+
+
+def lm_loss(model: LlamaForCausalLM, rows_RN: Tensor, dtype: torch.dtype = torch.float32) -> float:
+    """Mean next-token cross entropy (nats per token) over rows [R, N] of token ids, N at least 2.
+
+    Row by row, so that one row's logits are all that is held; summed in float64.
+    """
+    device = model.device
+    total = 0.0
+    with inference(device, dtype):
+        for ids_N in rows_RN.to(device):
+            logits_NV = model(ids_N[None], use_cache=False).logits[0]
+            total += F.cross_entropy(logits_NV[:-1].float(), ids_N[1:], reduction="sum").item()
+    return total / (rows_RN.shape[0] * (rows_RN.shape[1] - 1))

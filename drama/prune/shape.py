@@ -1,0 +1,204 @@
+"""The shape of a Llama: read it, name a target, count what a cut saves."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+
+from rich.table import Table
+from transformers import LlamaConfig
+
+from drama.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that pruning changes, and `head_dim`, which it keeps."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: LlamaConfig) -> Shape:
+        """Read the shape from a configuration."""
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            ffn=config.intermediate_size,
+            head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={getattr(self, name)}" for name in KEYS)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Number of weights by part; `head` is 0 where the output layer is the embedding itself."""
+
+    embedding: int
+    head: int
+    attention: int
+    mlp: int
+    norms: int
+
+    @property
+    def non_embedding(self) -> int:
+        return self.attention + self.mlp + self.norms
+
+    @property
+    def total(self) -> int:
+        return self.non_embedding + self.embedding + self.head
+
+
+KEYS = tuple(field.name for field in fields(Shape) if field.name != "head_dim")
+
+# The paper's shapes (DRAMA, section 4.3 and appendix A.3), with the source's groups of four query
+# heads to a KV head kept.
+NAMED: dict[str, dict[str, int]] = {
+    "0.1b": {"layers": 12, "hidden": 768, "heads": 12, "kv_heads": 3, "ffn": 3072},
+    "0.3b": {"layers": 16, "hidden": 1024, "heads": 16, "kv_heads": 4, "ffn": 4096},
+}
+
+
+def parse_target(text: str, source: Shape) -> Shape:
+    """Read a target shape: a name ("0.1b", "0.3b") or "layers=12,hidden=768,heads=12,ffn=3072".
+
+    Keys that are not named keep the source's value; of `heads` and `kv_heads` one is enough, the
+    other follows from the source's group size.
+
+    Raises:
+        UserError: an unknown name or key, a value that is no whole number, or a shape that cannot
+            be cut from `source`; the message names the nearest valid choice.
+    """
+    name = text.strip().lower()
+    sizes = NAMED[name] if name in NAMED else _parse_pairs(text)
+    if "heads" in sizes and "kv_heads" not in sizes:
+        _check_whole_groups("heads", sizes["heads"], source, text)
+        sizes = sizes | {"kv_heads": sizes["heads"] // source.group}
+    if "kv_heads" in sizes and "heads" not in sizes:
+        sizes = sizes | {"heads": sizes["kv_heads"] * source.group}
+    target = replace(source, **sizes)
+    _check(target, source, text)
+    return target
+
+
+def _parse_pairs(text: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for pair in text.split(","):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise UserError(
+                f"target '{text}': '{pair.strip()}' is neither a named shape "
+                f"({', '.join(NAMED)}) nor KEY=NUMBER{nearest(key, [*NAMED, *KEYS])}"
+            )
+        if key not in KEYS:
+            raise UserError(
+                f"target '{text}': unknown key '{key}'{nearest(key, KEYS)}; "
+                f"known: {', '.join(KEYS)}"
+            )
+        if key in sizes:
+            raise UserError(f"target '{text}': {key} is given twice; give it once")
+        if not re.fullmatch(r"[+-]?\d+", value):
+            raise UserError(f"target '{text}': {key}={value} is not a whole number")
+        sizes[key] = int(value)
+    return sizes
+
+
+def _check_whole_groups(key: str, heads: int, source: Shape, text: str) -> None:
+    group = source.group
+    if heads >= 1 and heads % group:
+        near = min(max(round(heads / group), 1), source.kv_heads) * group
+        raise UserError(
+            f"target '{text}': {key}={heads} is not a whole number of KV groups (the source has "
+            f"{group} query heads to a KV head); the nearest valid choice is heads={near}"
+        )
+
+
+def _check(target: Shape, source: Shape, text: str) -> None:
+    for key in KEYS:
+        value, limit = getattr(target, key), getattr(source, key)
+        if value < 1:
+            raise UserError(f"target '{text}': {key}={value}; the smallest valid choice is 1")
+        if value > limit:
+            raise UserError(
+                f"target '{text}': {key}={value} is larger than the source's {limit}; "
+                f"the nearest valid choice is {limit}"
+            )
+    _check_whole_groups("heads", target.heads, source, text)
+    if target.heads != target.kv_heads * source.group:
+        raise UserError(
+            f"target '{text}': heads={target.heads} with kv_heads={target.kv_heads} changes the "
+            f"source's group size of {source.group}; the nearest valid choice is "
+            f"kv_heads={target.heads // source.group}"
+        )
+    if target.hidden % target.heads:
+        # a rule of transformers' configurations, EuroBERT's too, even where head_dim is explicit
+        near = max(round(target.hidden / target.heads), 1) * target.heads
+        if near > source.hidden:
+            near = source.hidden // target.heads * target.heads
+        divisors = [
+            heads
+            for heads in range(source.group, source.heads + 1, source.group)
+            if target.hidden % heads == 0
+        ]
+        others = min(divisors, key=lambda heads: abs(heads - target.heads), default=None)
+        raise UserError(
+            f"target '{text}': hidden={target.hidden} is not a multiple of heads={target.heads}; "
+            f"the nearest valid choice is hidden={near}" + (f" or heads={others}" if others else "")
+        )
+
+
+def count_parameters(shape: Shape, vocab_size: int, tied: bool) -> Parameters:
+    """Count the weights of a Llama without biases, by part."""
+    query = shape.heads * shape.head_dim
+    key_value = shape.kv_heads * shape.head_dim
+    return Parameters(
+        embedding=vocab_size * shape.hidden,
+        head=0 if tied else vocab_size * shape.hidden,
+        attention=shape.layers * shape.hidden * 2 * (query + key_value),
+        mlp=shape.layers * shape.hidden * 3 * shape.ffn,
+        norms=(2 * shape.layers + 1) * shape.hidden,
+    )
+
+
+def flops_per_token(shape: Shape, length: int = 512) -> int:
+    """FLOPs of one token's forward pass as an encoder, in a bidirectional text of `length` tokens.
+
+    Two per weight of the blocks, and 4 * length per attention channel (QK^T and PV). The output
+    layer is not run by an encoder; norms and softmax are left out.
+    """
+    counted = count_parameters(shape, vocab_size=0, tied=True)
+    attention = 4 * length * shape.heads * shape.head_dim * shape.layers
+    return 2 * (counted.attention + counted.mlp) + attention
+
+
+def plan_table(source: Shape, target: Shape, *, vocab_size: int, tied: bool) -> Table:
+    """Lay the two shapes, their parameters (millions) and GFLOPs per token side by side."""
+    table = Table(title="pruning plan")
+    for heading in ("", "before", "after", "kept"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows: list[tuple[str, float, float, str]] = [
+        (key, getattr(source, key), getattr(target, key), ",d") for key in KEYS
+    ]
+    before, after = (count_parameters(shape, vocab_size, tied) for shape in (source, target))
+    for part in ("embedding", "head", "attention", "mlp", "norms", "non_embedding", "total"):
+        label = f"{part.replace('_', '-')} (M)"
+        rows.append((label, getattr(before, part) / 1e6, getattr(after, part) / 1e6, ",.2f"))
+    gflops = (flops_per_token(source) / 1e9, flops_per_token(target) / 1e9)
+    rows.append(("GFLOPs per token, 512 long", *gflops, ",.3f"))
+    for label, old, new, form in rows:
+        kept = f"{new / old:.0%}" if old else ""
+        table.add_row(label, format(old, form), format(new, form), kept)
+    return table

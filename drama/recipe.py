@@ -1,0 +1,263 @@
+"""The recipe: one typed tree, read from one strict YAML, that says everything about a run.
+
+    recipe = Recipe.load("recipes/demo.yaml", overrides=["train.lr=3e-4"])
+
+Unknown keys, wrong types and impossible combinations raise `UserError` naming the key, the value
+and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from drama.errors import UserError, nearest
+from drama.files import replacing
+
+DS_CONFIGS = Path(__file__).parent / "ds_configs"
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRecipe(_Strict):
+    """The backbone and how it becomes a retriever."""
+
+    path: Path
+    pooling: Literal["last", "mean"] = "last"
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    query_prefix: str = "Query: "
+    document_prefix: str = ""
+
+
+class DataRecipe(_Strict):
+    """Which shards, and how a record becomes rows of a batch."""
+
+    shards: list[Path] = Field(min_length=1)
+    hard_negatives: Annotated[int, Field(ge=0)] = 7
+    max_query_tokens: Annotated[int, Field(ge=2)] = 256
+    max_document_tokens: Annotated[int, Field(ge=2)] = 256
+    lanes: Positive = 64  # virtual ranks; the data order does not depend on the real ones
+    block: Positive = 256  # records that stay together when the corpus is shuffled
+    window: Positive = 1024  # records of a lane that are shuffled among each other
+    workers: Annotated[int, Field(ge=0)] = 1  # processes a rank that read and tokenise ahead
+
+
+class LossRecipe(_Strict):
+    """InfoNCE over the global batch."""
+
+    temperature: Annotated[float, Field(gt=0)] = 0.02
+    matryoshka_dims: list[Positive] = []  # ascending, the last one is the model's width
+    matryoshka_weights: list[float] = []
+    margin: float | None = None  # cosine; columns above positive + margin are no negatives
+
+
+class TrainRecipe(_Strict):
+    """Optimisation, memory and pace."""
+
+    batch_size: Positive = 2048  # queries in the global batch
+    steps: Positive | None = None  # exactly one of steps and epochs
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0  # 0 turns clipping off
+    token_budget: Positive = 8192  # tokens a chunk: memory, not mathematics
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    deepspeed: str = "zero3"  # a name in ds_configs/ or a path to a JSON
+    save_every: Positive = 500
+    keep_last: Positive = 2
+
+
+class Recipe(_Strict):
+    """One run. `output` is the run folder."""
+
+    name: str
+    output: Path
+    seed: int = 0
+    model: ModelRecipe
+    data: DataRecipe
+    loss: LossRecipe = LossRecipe()
+    train: TrainRecipe = TrainRecipe()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        train, data, dims = self.train, self.data, self.loss.matryoshka_dims
+        if (train.steps is None) == (train.epochs is None):
+            raise ValueError("train: give exactly one of steps and epochs")
+        if train.batch_size % data.lanes:
+            below = train.batch_size // data.lanes * data.lanes
+            near = below or data.lanes
+            raise ValueError(
+                f"train.batch_size {train.batch_size} is not a multiple of data.lanes "
+                f"{data.lanes}; the nearest is {near}, or lower data.lanes"
+            )
+        longest = max(data.max_query_tokens, data.max_document_tokens)
+        if train.token_budget < longest:
+            raise ValueError(
+                f"train.token_budget {train.token_budget} is below the longest text of {longest} "
+                f"tokens; the least is {longest}"
+            )
+        if dims != sorted(set(dims)):
+            raise ValueError(f"loss.matryoshka_dims {dims} must ascend: {sorted(set(dims))}")
+        if self.loss.matryoshka_weights and len(self.loss.matryoshka_weights) != len(dims):
+            raise ValueError(
+                f"loss.matryoshka_weights has {len(self.loss.matryoshka_weights)} entries for "
+                f"{len(dims)} matryoshka_dims"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a YAML recipe and apply `key.path=value` overrides (values are YAML).
+
+        Raises:
+            UserError: unreadable file, bad YAML, unknown key, wrong type, impossible combination.
+        """
+        path = Path(path)
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"recipe {path} does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {path} cannot be read: {error}") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"recipe {path} is not valid YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise UserError(f"recipe {path}: expected a mapping with name, output, model, data")
+        for override in overrides:
+            _override(tree, override)
+        return cls.from_tree(tree, where=f"recipe {path}")
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any], where: str = "recipe") -> Recipe:
+        """Validate an already parsed tree.
+
+        Raises:
+            UserError: as `load`.
+        """
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise UserError(f"{where}: {_first_fault(error)}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved recipe, every default spelled out."""
+        with replacing(path) as temporary:
+            temporary.write_text(
+                yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+                encoding="utf-8",
+            )
+
+    def with_values(self, **paths: Any) -> Recipe:
+        """Return a copy with resolved values; keys are written `train__precision="bf16"`."""
+        tree = self.model_dump(mode="json")
+        for dotted, value in paths.items():
+            *parents, leaf = dotted.split("__")
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            node[leaf] = value
+        return type(self).from_tree(tree)
+
+    def deepspeed_config(self, *, world_size: int) -> dict[str, Any]:
+        """The DeepSpeed JSON with every "auto" filled in from the recipe.
+
+        Raises:
+            UserError: no such file, or a value that contradicts the recipe.
+        """
+        path = _deepspeed_path(self.train.deepspeed)
+        try:
+            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not readable as JSON: {error}") from error
+        # one optimiser step is one DeepSpeed micro-batch: the gradient cache does the accumulation
+        per_rank = max(1, self.train.batch_size // world_size)
+        expected: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": per_rank,
+            "gradient_accumulation_steps": 1,
+            "train_batch_size": per_rank * world_size,
+            "gradient_clipping": self.train.grad_clip,
+        }
+        for key, value in expected.items():
+            if config.get(key, "auto") != "auto" and config[key] != value:
+                raise UserError(f"{path}: {key} is {config[key]}, but the recipe gives {value}")
+            config[key] = value
+        bf16 = config.setdefault("bf16", {})
+        wanted = self.train.precision == "bf16"
+        if bf16.get("enabled", "auto") not in ("auto", wanted):
+            raise UserError(
+                f"{path}: bf16.enabled is {bf16['enabled']}, but train.precision is "
+                f"{self.train.precision}"
+            )
+        bf16["enabled"] = wanted
+        if config.get("fp16", {}).get("enabled"):
+            raise UserError(f"{path}: fp16 is not supported; use train.precision bf16 or fp32")
+        return config
+
+
+def _deepspeed_path(name: str) -> Path:
+    shipped = {path.stem: path for path in DS_CONFIGS.glob("*.json")}
+    if name in shipped:
+        return shipped[name]
+    if Path(name).is_file():
+        return Path(name)
+    raise UserError(
+        f"train.deepspeed '{name}' is neither one of {', '.join(sorted(shipped))} nor a file"
+        + nearest(name, shipped)
+    )
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"--set {override}: write key.path=value, for example train.lr=3e-4")
+    *parents, leaf = dotted.strip().split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {parent} is a value, not a section")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
+    # YAML 1.1 reads 3e-4 as a string
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    node[leaf] = value
+
+
+def _first_fault(error: ValidationError) -> str:
+    faults = error.errors()
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    location = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(fault["loc"][:-1])
+        return f"unknown key {location}{nearest(str(fault['loc'][-1]), known)}"
+    if fault["type"] == "missing":
+        return f"{location} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"{location}: {message} (got {fault['input']!r})"
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)

@@ -1,0 +1,87 @@
+"""The documents to be searched: a BEIR folder or one .jsonl file of {_id, title, text}."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from drama.data.beir import SUFFIXES, read_corpus
+from drama.data.lines import read_objects
+from drama.data.records import Document
+from drama.errors import UserError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus that was read through once: its file, that file's sha256, its ids in order."""
+
+    path: Path
+    sha256: str
+    ids: list[str]
+
+    @classmethod
+    def scan(cls, path: str | Path) -> Corpus:
+        """Read the whole corpus and keep the ids.
+
+        Raises:
+            UserError: no corpus there, a line that is no document, an id that came before or
+                holds a line break, or no documents at all.
+        """
+        file = corpus_file(path)
+        ids = [document.id for document in read_documents(file)]
+        if not ids:
+            raise UserError(f"{file} holds no documents")
+        for id_ in ids:
+            if id_.splitlines() != [id_]:
+                raise UserError(f"{file}: the document id {id_!r} holds a line break")
+        with file.open("rb") as raw:
+            return cls(file, hashlib.file_digest(raw, "sha256").hexdigest(), ids)
+
+
+def corpus_file(path: str | Path) -> Path:
+    """The absolute path of the corpus file that a BEIR folder or a file path stands for.
+
+    Raises:
+        UserError: neither.
+    """
+    path = Path(path).resolve()
+    if path.is_file():
+        return path
+    candidates = (path / f"corpus.jsonl{suffix}" for suffix in SUFFIXES)
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None:
+        raise UserError(
+            f"{path} is no corpus; give a BEIR folder (with corpus.jsonl) or a .jsonl file "
+            "(.gz and .xz are read too)"
+        )
+    return file
+
+
+def read_documents(file: Path) -> Iterator[Document]:
+    """Yield the documents of a corpus file in file order; `title` may be missing.
+
+    Raises:
+        UserError: a line that is no document, or an id that came before.
+    """
+    if file.name in {f"corpus.jsonl{suffix}" for suffix in SUFFIXES}:
+        yield from read_corpus(file.parent)
+        return
+    seen: set[str] = set()
+    for where, value in read_objects(file):
+        for key in ("_id", "text"):
+            if not isinstance(value.get(key), str):
+                raise UserError(f"{where}: the line has no string '{key}'")
+        id_, title = value["_id"], value.get("title") or ""
+        if not isinstance(title, str):
+            raise UserError(f"{where}: the title is not a string")
+        if id_ in seen:
+            raise UserError(f"{where}: document '{id_}' stands in the corpus twice")
+        seen.add(id_)
+        yield Document(text=value["text"], title=title, id=id_)
+
+
+def document_text(document: Document) -> str:
+    """What is encoded and indexed: title and text joined by a space, as BEIR does."""
+    return f"{document.title} {document.text}".strip()

@@ -1,0 +1,72 @@
+"""Helpers for tests of DRAMA and of what is built on it: tiny real models, real multi-rank runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from drama.distributed import free_port
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a byte: every text in every language encodes and decodes."""
+    specials = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def tiny_llama(folder: Path, *, seed: int = 0, **config: Any) -> Path:
+    """Write a random Llama with grouped-query attention and a byte tokenizer; return `folder`.
+
+    Defaults: 3 layers, width 64, 4 query and 2 key/value heads, FFN 96, vocabulary 260.
+    """
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    settings: dict[str, Any] = {
+        "vocab_size": 260,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.2,  # wide enough that texts differ before training
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    LlamaForCausalLM(LlamaConfig(**(settings | config))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_deepspeed(
+    script: Path, *arguments: str, num_ranks: int = 2, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run `deepspeed --num_gpus N script arguments` on a free port and return what it printed.
+
+    On a machine without GPU this starts gloo ranks on the CPU.
+    """
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command: Sequence[str] = [
+        str(launcher), "--no_local_rank", "--num_gpus", str(num_ranks), "--master_port", str(free_port()),
+        str(script), *arguments,
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )

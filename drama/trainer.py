@@ -1,0 +1,363 @@
+"""The training loop: a recipe in, a run folder out.
+
+    RUN/recipe.yaml  metrics.jsonl  checkpoints/step-N/  model/  tensorboard/
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from rich.progress import Progress, TaskID
+from torch.utils.data import DataLoader
+
+from drama import checkpoint
+from drama.console import console, progress
+from drama.data.batches import RankBatch, RankBatches
+from drama.data.stream import LaneOrder, ShardSet
+from drama.distributed import Ranks
+from drama.encoder import Encoder, RetrieverSettings
+from drama.errors import UserError
+from drama.export import export
+from drama.gradcache import GradCache, StepOutput
+from drama.loss import ContrastiveLoss
+from drama.metrics import (
+    MetricsFile,
+    forward_flops,
+    matmul_rate,
+    peak_flops,
+    peak_memory_mib,
+)
+from drama.recipe import Recipe
+
+# what may differ when a run goes on: none of it changes the mathematics
+_FREE_KEYS = {"train": {"save_every", "keep_last"}, "data": {"workers"}}
+
+
+class Trainer:
+    """Builds everything from a recipe; `run` trains, saves, and returns the model folder.
+
+    Raises:
+        UserError: a recipe that does not fit its model, its shards, its ranks or its run folder.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.recipe = recipe = self._settle(recipe)
+        torch.manual_seed(recipe.seed)
+        self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        self.encoder = self._load_encoder()
+        self.config = self.encoder.backbone.config
+        self.batches = self._open_data()
+        self.num_steps = self._count_steps()
+        self.engine = self._start_engine()
+        self.step_runner = GradCache(
+            self.engine,
+            ContrastiveLoss(
+                recipe.loss.temperature,
+                tuple(recipe.loss.matryoshka_dims),
+                tuple(recipe.loss.matryoshka_weights),
+                recipe.loss.margin,
+            ),
+            recipe.train.token_budget,
+        )
+        self.peak = self._sum(peak_flops(ranks.device, self.dtype))
+
+    # -- building -----------------------------------------------------------------------------
+
+    def _settle(self, recipe: Recipe) -> Recipe:
+        """Fill in what depends on the machine, or take it from the run that goes on."""
+        stored = recipe.output / "recipe.yaml"
+        precision = recipe.train.precision
+        if precision == "auto":
+            if stored.is_file():
+                precision = Recipe.load(stored).train.precision
+            else:
+                precision = self._faster_precision()
+        settled = recipe.with_values(train__precision=precision)
+        if stored.is_file():
+            _check_same_run(Recipe.load(stored), settled)
+        return settled
+
+    def _faster_precision(self) -> str:
+        if self.ranks.device.type == "cuda":
+            return "bf16"
+        rates = {
+            name: self._sum(matmul_rate(self.ranks.device, dtype))
+            for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        }
+        best = max(rates, key=lambda name: rates[name])
+        if self.ranks.is_main:
+            shown = ", ".join(f"{n} {r / 1e9:,.0f} GFLOP/s" for n, r in rates.items())
+            console.print(f"precision: {best} (matrix product: {shown})")
+        return best
+
+    def _load_encoder(self) -> Encoder:
+        recipe = self.recipe
+        settings = RetrieverSettings(
+            pooling=recipe.model.pooling,
+            attention=recipe.model.attention,
+            query_prefix=recipe.model.query_prefix,
+            document_prefix=recipe.model.document_prefix,
+            matryoshka_dims=tuple(recipe.loss.matryoshka_dims),
+            max_tokens=max(recipe.data.max_query_tokens, recipe.data.max_document_tokens),
+        )
+        encoder = Encoder.from_pretrained(recipe.model.path, settings=settings)
+        dims = recipe.loss.matryoshka_dims
+        if dims and dims[-1] != encoder.dim:
+            raise UserError(
+                f"loss.matryoshka_dims ends in {dims[-1]}, but {recipe.model.path} has width "
+                f"{encoder.dim}; end the list with {encoder.dim}"
+            )
+        return encoder.train()
+
+    def _open_data(self) -> RankBatches:
+        data, train = self.recipe.data, self.recipe.train
+        if self.ranks.world_size > data.lanes:
+            raise UserError(
+                f"data.lanes {data.lanes} feeds at most {data.lanes} ranks, here are "
+                f"{self.ranks.world_size}; raise data.lanes"
+            )
+        shards = ShardSet(data.shards)
+        order = LaneOrder(
+            shards.shard_sizes,
+            batch_size=train.batch_size,
+            seed=self.recipe.seed,
+            lanes=data.lanes,
+            block=data.block,
+            window=data.window,
+        )
+        return RankBatches(
+            shards,
+            order,
+            self.encoder.text_encoder,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            seed=self.recipe.seed,
+            hard_negatives=data.hard_negatives,
+            max_query_tokens=data.max_query_tokens,
+            max_document_tokens=data.max_document_tokens,
+        )
+
+    def _count_steps(self) -> int:
+        train = self.recipe.train
+        if train.steps is not None:
+            return train.steps
+        assert train.epochs is not None
+        return max(1, math.ceil(train.epochs * self.batches.order.batches_per_epoch))
+
+    def _start_engine(self) -> Any:
+        recipe = self.recipe
+        config = recipe.deepspeed_config(world_size=self.ranks.world_size)
+        config["tensorboard"] = {
+            "enabled": self.ranks.is_main,
+            "output_path": str(recipe.output),
+            "job_name": "tensorboard",
+        }
+        config["steps_per_print"] = 2**31
+        matrices, others = [], []
+        for name, parameter in self.encoder.named_parameters():
+            decays = parameter.ndim > 1 and "embed_tokens" not in name
+            (matrices if decays else others).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": recipe.train.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=recipe.train.lr,
+            betas=recipe.train.betas,
+        )
+        schedule = functools.partial(learning_rate_factor, recipe=recipe, num_steps=self.num_steps)
+        engine, *_ = deepspeed.initialize(
+            model=self.encoder,
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+            config=config,
+        )
+        return engine
+
+    # -- running ------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Train to the last step from the newest whole checkpoint; return RUN/model."""
+        recipe, output = self.recipe, self.recipe.output
+        if self.ranks.is_main:
+            recipe.save(output / "recipe.yaml")
+        found = checkpoint.whole_checkpoints(output / "checkpoints")
+        first = checkpoint.load(self.engine, found[-1]) if found else 0
+        if self.ranks.is_main:
+            console.print(self._headline(first))
+        metrics = MetricsFile(output / "metrics.jsonl", first_step=first) if self.ranks.is_main else None
+        with progress(disable=not self.ranks.is_main) as bar:
+            task = bar.add_task("train", total=self.num_steps, completed=first, note="")
+            loader = self._loader(first)
+            for step in range(first, self.num_steps):
+                start = time.perf_counter()
+                batch = next(loader)
+                waited = time.perf_counter() - start
+                output_of_step = self.step_runner.step(batch)
+                line = self._line(step, batch, output_of_step, start, waited)
+                if metrics is not None:
+                    metrics.write(line)
+                    self._show(line, bar, task)
+                done = step + 1
+                if done % recipe.train.save_every == 0 or done == self.num_steps:
+                    checkpoint.save(
+                        self.engine,
+                        output / "checkpoints",
+                        done,
+                        keep_last=recipe.train.keep_last,
+                        write_model=self._write_model,
+                    )
+        if metrics is not None:
+            metrics.close()
+        self._write_model(output / "model")
+        return output / "model"
+
+    def _loader(self, first: int) -> Iterator[RankBatch]:
+        workers = self.recipe.data.workers
+        return iter(
+            DataLoader(
+                self.batches,
+                batch_size=None,
+                sampler=range(first, self.num_steps),
+                num_workers=workers,
+                prefetch_factor=4 if workers else None,
+                multiprocessing_context="fork" if workers else None,
+                worker_init_fn=_start_worker,
+            )
+        )
+
+    def _write_model(self, folder: Path) -> None:
+        weights = checkpoint.full_state_dict(self.engine, self.encoder.backbone)
+        if self.ranks.is_main:
+            export(self.encoder, folder, state_dict=weights)
+
+    def _line(
+        self, step: int, batch: RankBatch, output: StepOutput, start: float, waited: float
+    ) -> dict[str, Any]:
+        """One row of metrics.jsonl; counts are of the global batch, memory of the fullest rank."""
+        flops = 3 * forward_flops(self.config, [len(row) for row in batch.rows])
+        counts = torch.tensor(
+            [batch.num_tokens, batch.num_queries, len(batch.rows), batch.num_cut, flops],
+            dtype=torch.float64,
+        )
+        memory = torch.tensor(peak_memory_mib(self.ranks.device), dtype=torch.float64)
+        if self.ranks.world_size > 1:
+            counts, memory = counts.to(self.ranks.device), memory.to(self.ranks.device)
+            dist.all_reduce(counts)
+            dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        tokens, pairs, texts, cut, total_flops = counts.tolist()
+        seconds = time.perf_counter() - start
+        widths = self.recipe.loss.matryoshka_dims or [self.encoder.dim]
+        return {
+            "step": step,
+            "epoch": round((step + 1) / self.batches.order.batches_per_epoch, 4),
+            "loss": output.loss,
+            "loss_by_prefix": {
+                str(d): x for d, x in zip(widths, output.loss_by_prefix, strict=True)
+            },
+            "lr": self.engine.get_lr()[0],
+            "grad_norm": output.grad_norm,
+            "tokens": int(tokens),
+            "pairs": int(pairs),
+            "texts": int(texts),
+            "texts_cut": int(cut),
+            "false_negatives_masked": output.num_masked,
+            "chunks": output.num_chunks,
+            "tokens_per_s": tokens / seconds,
+            "pairs_per_s": pairs / seconds,
+            "mfu": total_flops / seconds / self.peak,
+            "peak_mem_mib": memory.item(),
+            "data_wait_s": waited,
+            "seconds": seconds,
+            "seconds_by_phase": output.seconds,
+        }
+
+    def _show(self, line: dict[str, Any], bar: Progress, task: TaskID) -> None:
+        note = f"loss {line['loss']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  mfu {line['mfu']:.0%}"
+        bar.update(task, advance=1, note=note)
+        names = ("loss", "lr", "grad_norm", "tokens_per_s", "pairs_per_s", "mfu", "peak_mem_mib")
+        samples = (line["step"] + 1) * self.recipe.train.batch_size
+        self.engine.monitor.write_events(
+            [(f"train/{name}", line[name], samples) for name in names]
+        )
+
+    def _headline(self, first: int) -> str:
+        recipe = self.recipe
+        shape = f"{self.config.num_hidden_layers} layers x {self.config.hidden_size}"
+        resumed = f", resumed at step {first}" if first else ""
+        return (
+            f"{recipe.name}: {shape}, {recipe.model.attention}, {recipe.model.pooling} pooling, "
+            f"{recipe.train.precision}, ZeRO {self.engine.zero_optimization_stage()} on "
+            f"{self.ranks.world_size} {self.ranks.device.type} ranks; {len(self.batches.shards):,} records, "
+            f"{self.num_steps:,} steps of {recipe.train.batch_size:,} queries{resumed}"
+        )
+
+    def _sum(self, value: float) -> float:
+        if self.ranks.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.ranks.device)
+        dist.all_reduce(total)
+        return total.item()
+
+
+def _start_worker(worker: int) -> None:
+    # the tokenizer's thread pool does not survive a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+
+
+def learning_rate_factor(step: int, *, recipe: Recipe, num_steps: int) -> float:
+    """Share of the peak rate at a step: linear warm-up, then the recipe's schedule."""
+    train = recipe.train
+    warmup = round(train.warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if train.schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1 - done
+    return train.min_lr_ratio + (1 - train.min_lr_ratio) * left
+
+
+def _check_same_run(stored: Recipe, now: Recipe) -> None:
+    before, after = stored.model_dump(mode="json"), now.model_dump(mode="json")
+    for section, values in after.items():
+        pairs = values.items() if isinstance(values, dict) else [("", values)]
+        for key, value in pairs:
+            old = before[section][key] if key else before[section]
+            if old != value and key not in _FREE_KEYS.get(section, set()):
+                name = f"{section}.{key}".rstrip(".")
+                raise UserError(
+                    f"{now.output} holds a run with {name} = {old}, the recipe says {value}; "
+                    "give another output, or remove that folder"
+                )
+
+
+def train(recipe: Recipe) -> Path:
+    """Train as the recipe says, on every rank that the launcher started; return RUN/model."""
+    with Ranks.start() as ranks:
+        return Trainer(recipe, ranks).run()
+
+
+def quiet_libraries() -> None:
+    """Keep DeepSpeed and transformers to their warnings; our own lines say what matters."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # DeepSpeed still calls torch's collectives by the names that torch 2.13 replaced
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

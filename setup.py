@@ -1,0 +1,56 @@
+"""Package metadata. `kernels/`, `data/` and `ds_configs/` enter the package through the symlinks
+in `drama/`; they have no `__init__.py` of their own, so that a checkout never shadows Hugging
+Face's package `kernels`."""
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="drama-retriever",
+    version="0.1.0",
+    description="Train small dense retrievers from large language models",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["drama", "drama.*"]),
+    package_data={
+        "drama": ["py.typed"],
+        "drama.ds_configs": ["*.json"],
+        "drama.data.demo": ["*", "scifact/*", "scifact/qrels/*"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.2,<6",
+        "deepspeed>=0.19.2",
+        "datasets",
+        "webdataset>=1.0",
+        "faiss-cpu",
+        "bm25s",
+        "PyStemmer",
+        "ir-measures",
+        "numpy",
+        "safetensors",
+        "pydantic>=2.7",
+        "pyyaml",
+        "click>=8.1",
+        "rich>=13",
+        "matplotlib",
+        "tensorboard",
+    ],
+    extras_require={
+        "cuda": ["flash-attn", "liger-kernel", "triton>=3.6"],
+        "demo": ["gguf>=0.10", "accelerate", "sentence-transformers>=5.3"],
+        "dev": [
+            "gguf>=0.10",
+            "accelerate",
+            "sentence-transformers>=5.3",
+            "pytest>=8",
+            "hypothesis",
+            "ruff==0.17.6",
+            "mypy",
+            "build",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={"console_scripts": ["drama=drama.cli:main"]},
+)

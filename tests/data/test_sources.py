@@ -1,0 +1,124 @@
+import gzip
+import json
+import lzma
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from drama.data.records import Document
+from drama.data.sources import read_source
+from drama.errors import UserError
+
+OURS = {"query": "q", "positives": [{"text": "p", "title": "t"}], "negatives": [{"text": "n"}]}
+TEVATRON = {
+    "query_id": 7,
+    "query": "q",
+    "positive_passages": [{"docid": 1, "title": "t", "text": "p"}],
+    "negative_passages": [{"docid": "2", "title": None, "text": "n"}],
+}
+FLAG = {"query": "q", "pos": ["p"], "neg": ["n", "m"], "prompt": "ignored"}
+COLUMNS = {"anchor": "q", "positive": "p", "negative_10": "c", "negative_2": "b", "negative": "a"}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def texts(documents):
+    return [(document.title, document.text) for document in documents]
+
+
+@pytest.mark.parametrize(
+    ("row", "positives", "negatives"),
+    [
+        (OURS, [("t", "p")], [("", "n")]),
+        (TEVATRON, [("t", "p")], [("", "n")]),
+        (FLAG, [("", "p")], [("", "n"), ("", "m")]),
+        (COLUMNS, [("", "p")], [("", "a"), ("", "b"), ("", "c")]),
+    ],
+)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress])
+def test_each_layout_in_each_packing(tmp_path, row, positives, negatives, pack):
+    path = tmp_path / "my.set.jsonl"  # packed or not is told from the bytes
+    path.write_bytes(pack(lines(row, row)))
+    first, second = read_source(path)
+    assert first == second
+    assert (first.query, first.source) == ("q", "my.set")
+    assert texts(first.positives) == positives
+    assert texts(first.negatives) == negatives
+    assert next(read_source(path, "named")).source == "named"
+
+
+def test_ids_and_teacher_scores_are_kept(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(lines(TEVATRON))
+    (record,) = read_source(path)
+    assert record.query_id == "7"
+    assert [d.id for d in (*record.positives, *record.negatives)] == ["1", "2"]
+    path.write_bytes(lines(FLAG | {"pos_scores": [0.9], "neg_scores": [0.2, 0.1]}))
+    (record,) = read_source(path)
+    expected = {"p": 0.9, "n": 0.2, "m": 0.1}
+    assert record.scores == {Document(text).id: score for text, score in expected.items()}
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines(OURS, OURS).replace(b"\n", b"\r\n"))
+    assert len(list(read_source(path))) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "x.jsonl holds no records"),
+        (lines(OURS) + b"\n" + lines(OURS), "x.jsonl:2: empty record"),
+        (lines(OURS) + b"{}\n", "x.jsonl:2: empty record"),
+        (lines(OURS) + b'{"query": "q",\n', "x.jsonl:2: invalid JSON: .*line 1 column"),
+        (b"[" * 100_000, "x.jsonl:1: invalid JSON: nested too deeply"),
+        (b"[1]\n", "x.jsonl:1: a line must hold one JSON object"),
+        (lines(OURS) + b'{"query": "\xff"}\n', "x.jsonl:2: invalid UTF-8 at byte 11 of the line"),
+        (lines(OURS, {**OURS, "query": ""}), "x.jsonl:2: query is empty"),
+        (lines(OURS, FLAG), "x.jsonl:2: record has the unknown key 'pos'"),
+        (lines({"question": "q", "answer": "a"}), "x.jsonl:1: unknown layout .* question, answer"),
+        (lines({**TEVATRON, "positive_passages": "p"}), ":1: positive_passages must be a list"),
+        (lines({**FLAG, "neg": [None]}), r":1: negatives\[0\].text must be a string, not null"),
+        (lines({**FLAG, "pos_scores": []}), ":1: 1 texts in pos, 0 pos_scores"),
+        (lines(COLUMNS, {"anchor": "q"}), "x.jsonl:2: no 'positive'"),
+        (gzip.compress(lines(OURS) * 999)[:-9], "x.jsonl: the compressed file is cut or damaged"),
+        (lzma.compress(lines(OURS) * 999)[:-9], "x.jsonl: the compressed file is cut or damaged"),
+    ],
+)
+def test_faults_name_file_and_line(tmp_path, content, message):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_source(path))
+
+
+def test_missing_path_and_strange_folder(tmp_path):
+    with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
+        list(read_source(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="is neither a BEIR folder"):
+        list(read_source(tmp_path))
+
+
+@pytest.mark.parametrize("row", [OURS, TEVATRON, FLAG, COLUMNS])
+def test_hugging_face_folder(tmp_path, row):
+    (tmp_path / "x.jsonl").write_bytes(lines(row))
+    expected = list(read_source(tmp_path / "x.jsonl", "set"))
+    Dataset.from_list([row]).save_to_disk(tmp_path / "set")
+    assert list(read_source(tmp_path / "set")) == expected
+    splits = DatasetDict(train=Dataset.from_list([row]), dev=Dataset.from_list([row, row]))
+    splits.save_to_disk(tmp_path / "splits")
+    assert list(read_source(tmp_path / "splits", "set")) == expected
+
+
+def test_hugging_face_folder_faults(tmp_path):
+    rows = [{"anchor": "q", "positive": "p"}, {"anchor": "q", "positive": " "}]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match=r"set: row 1: positives\[0\].text is empty"):
+        list(read_source(tmp_path / "set"))
+    row = Dataset.from_list([COLUMNS])
+    DatasetDict(dev=row, test=row).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match="splits has no split 'train'; it has: dev, test"):
+        list(read_source(tmp_path / "splits"))

@@ -1,0 +1,91 @@
+"""A tiny random retriever and a small BEIR folder, both real files of the real formats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+DOCUMENTS = [
+    ("d1", "Vaccines", "Vaccination trains the immune system to recognise a virus."),
+    ("d2", "Honey bees", "A colony of bees stores honey and pollinates the flowers around it."),
+    ("d3", "Volcanoes", "Magma rises through the crust and an eruption covers land with ash."),
+    ("d4", "", "Bread rises because yeast turns sugar into carbon dioxide."),
+    ("d5", "Tides", "The pull of the moon and the sun moves the water of the oceans."),
+    ("d6", "Photosynthesis", "Leaves turn light, water and carbon dioxide into sugar."),
+    ("d7", "Immune cells", "White blood cells recognise a virus and produce antibodies."),
+    ("d8", "Empty", ""),
+]
+QUERIES = {
+    "q1": "how does the immune system recognise a virus",
+    "q2": "what makes bread rise",
+    "q3": "why do oceans have tides",
+    "q4": "this query is not judged",
+}
+QRELS = {"q1": {"d1": 2, "d7": 1}, "q2": {"d4": 1, "gone": 1}, "q3": {"d5": 1, "d3": 0}}
+
+
+def save_model(folder: Path, seed: int = 0) -> Path:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "<pad>", "<eos>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+    )
+    LlamaModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> Callable[[int], Path]:
+    return lambda seed: save_model(tmp_path / f"model-{seed}", seed)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    folder = tmp_path / "facts"
+    rows = [{"_id": id_, "title": title, "text": text} for id_, title, text in DOCUMENTS]
+    write_jsonl(folder / "corpus.jsonl", rows)
+    write_jsonl(
+        folder / "queries.jsonl", [{"_id": id_, "text": text} for id_, text in QUERIES.items()]
+    )
+    lines = [f"{q}\t{d}\t{grade}" for q, grades in QRELS.items() for d, grade in grades.items()]
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text(
+        "\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[[str, list[dict[str, str]]], Path]:
+    return lambda name, rows: write_jsonl(tmp_path / name, rows)

@@ -1,0 +1,72 @@
+"""Started by `deepspeed` on two ranks: the gradient of one global batch under ZeRO 0, 1, 2 and 3.
+
+usage: zero_gradients.py FOLDER   (model/, batch.json, gradients.safetensors) -> errors.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import load_file
+
+from drama.data.batches import RankBatch
+from drama.distributed import Ranks
+from drama.encoder import Encoder, RetrieverSettings
+from drama.gradcache import GradCache
+from drama.loss import ContrastiveLoss
+from drama.trainer import quiet_libraries
+
+
+def main(folder: Path) -> None:
+    quiet_libraries()
+    task = json.loads((folder / "batch.json").read_text())
+    expected = load_file(folder / "gradients.safetensors")
+    report = {}
+    with Ranks.start() as ranks:
+        share = task["ranks"][ranks.rank]
+        batch = RankBatch(
+            share["rows"], share["num_queries"], torch.tensor(share["document_ids"]), num_cut=0
+        )
+        for stage in (0, 1, 2, 3):
+            settings = RetrieverSettings(attention=task["attention"], pooling=task["pooling"])
+            encoder = Encoder.from_pretrained(folder / "model", settings=settings)
+            engine, *_ = deepspeed.initialize(
+                model=encoder,
+                optimizer=torch.optim.AdamW(encoder.parameters(), lr=1e-4),
+                config={
+                    "train_micro_batch_size_per_gpu": 1,
+                    "gradient_clipping": 0.0,
+                    "zero_optimization": {
+                        "stage": stage,
+                        "stage3_param_persistence_threshold": 0,
+                        "reduce_bucket_size": 5000,
+                    },
+                },
+            )
+            loss = ContrastiveLoss(
+                task["temperature"], tuple(task["prefixes"]), tuple(task["weights"])
+            )
+            output = GradCache(engine, loss, task["token_budget"]).backward(batch)
+            errors = {}
+            for name, parameter in encoder.backbone.named_parameters():
+                grad = safe_get_full_grad(parameter) if stage else parameter.grad
+                want = expected[name]
+                errors[name] = ((grad.double() - want).norm() / want.norm()).item()
+            report[str(stage)] = {
+                "loss": output.loss,
+                "num_chunks": output.num_chunks,
+                "num_masked": output.num_masked,
+                "worst": max(errors.values()),
+                "errors": errors,
+            }
+            dist.barrier()
+        if ranks.is_main:
+            (folder / "errors.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
