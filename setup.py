@@ -2,13 +2,15 @@
 in `drama/`; they have no `__init__.py` of their own, so that a checkout never shadows Hugging
 Face's package `kernels`."""
 
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
 
 setup(
     name="drama-retriever",
     version="0.1.0",
     description="Train small dense retrievers from large language models",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

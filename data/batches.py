@@ -46,7 +46,7 @@ class PackedBatch:
 def pack(rows: Sequence[Sequence[int]]) -> PackedBatch:
     """Lay token rows (each at least one token) side by side, in the order given."""
     lengths = tuple(len(row) for row in rows)
-    assert lengths and min(lengths) > 0, "packing needs rows with at least one token"
+    assert min(lengths, default=0) > 0, "packing needs rows with at least one token"
     return PackedBatch(
         torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64, sum(lengths))),
         torch.cat([torch.arange(n) for n in lengths]),
@@ -97,7 +97,7 @@ class RankBatch:
     """One rank's share of a global batch: token rows of the queries, then of the documents.
 
     The first `num_queries` documents are the positives, in query order; hard negatives follow.
-    document_ids: int64 [documents], equal ids mean equal documents. num_cut: texts over their limit.
+    document_ids: int64 [documents], equal ids mean equal documents. num_cut: texts that were cut.
     """
 
     rows: list[list[int]]
@@ -172,5 +172,5 @@ class RankBatches(Dataset[RankBatch]):
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch, index]))
         positive = record.positives[generator.integers(len(record.positives))]
         count = min(self.hard_negatives, len(record.negatives))
-        chosen = generator.choice(len(record.negatives), count, replace=False) if count else []
+        chosen = generator.permutation(len(record.negatives))[:count]
         return positive, [record.negatives[i] for i in chosen]

@@ -87,16 +87,18 @@ def _torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     if _varlen_declares_gqa():
-        options = {"enable_gqa": True}
+        options: dict[str, Any] = {"enable_gqa": True}
     else:  # torch 2.11 has no flag for it: repeat the heads
         options = {}
         group = q_THE.shape[1] // k_TGE.shape[1]
         k_TGE, v_TGE = (x.repeat_interleave(group, 1) for x in (k_TGE, v_TGE))
     cu, longest = layout.cu_seqlens, layout.max_seqlen
     window = (-1, 0) if layout.causal else (-1, -1)
-    return varlen_attn(
+    out = varlen_attn(
         q_THE, k_TGE, v_TGE, cu, cu, longest, longest, scale=scale, window_size=window, **options
     )
+    assert isinstance(out, Tensor)  # a pair only where the logsumexp is asked for
+    return out
 
 
 @functools.cache
@@ -109,7 +111,7 @@ def _varlen_declares_gqa() -> bool:
 def _sdpa_per_sequence(
     q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: PackedLayout, scale: float
 ) -> Tensor:
-    """Neighbours of equal length share one call; a batch sorted by length makes long runs of them."""
+    """Neighbours of equal length share one call; sorting by length makes long runs of them."""
     runs = [(length, len(list(group))) for length, group in itertools.groupby(layout.lengths)]
     sizes = [length * count for length, count in runs]
     outputs = []

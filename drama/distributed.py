@@ -30,7 +30,7 @@ class Ranks:
     @classmethod
     @contextmanager
     def start(cls) -> Iterator[Ranks]:
-        """Join the process group that the launcher's environment describes, or one of a single rank.
+        """Join the process group that the launcher describes, or one of a single rank.
 
         On the CPU the cores are shared out among the ranks of this machine.
 

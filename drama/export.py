@@ -57,11 +57,16 @@ def export(
         raise UserError("a causal retriever cannot be written as eurobert; use llama")
     model_type = encoder.backbone.config.model_type
     if model_type not in ("llama", "eurobert"):
-        raise UserError(f"export of {model_type} backbones is not supported; llama and eurobert are")
+        raise UserError(
+            f"export of {model_type} backbones is not supported; llama and eurobert are"
+        )
     weights = state_dict if state_dict is not None else encoder.backbone.state_dict()
     with replacing_folder(out) as folder:
         save_file(
-            {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()},
+            {
+                name: weight.detach().to("cpu", dtype).contiguous()
+                for name, weight in weights.items()
+            },
             folder / "model.safetensors",
             metadata={"format": "pt"},
         )
@@ -143,8 +148,9 @@ tags: [sentence-transformers, feature-extraction, retrieval, drama]
 ---
 # Dense retriever
 
-{config.num_hidden_layers} layers, width {config.hidden_size}, {settings.attention} attention, {settings.pooling} pooling over a text
-that ends in EOS (the tokenizer appends it). Written as `{architecture}`. Vectors may be cut to: {dims}.
+{config.num_hidden_layers} layers, width {config.hidden_size}, {settings.attention} attention,
+{settings.pooling} pooling over a text that ends in EOS (the tokenizer appends it). Written as
+`{architecture}`. Vectors may be cut to: {dims}.
 
 ```python
 from sentence_transformers import SentenceTransformer

@@ -25,6 +25,7 @@ from drama.files import replacing
 INK, GREY, GRID = "#1f2933", "#66717d", "#e4e7eb"
 COLOURS = ("#2f6db3", "#e08a2e", "#3a9a7b", "#8a63b8", "#c8553d", "#7b8794", "#b5a02c", "#4fb3d0")
 SIZE = (6.4, 3.2)  # inches
+NO_METADATA = ("Date", "Creator", "Format", "Type")
 MAX_POINTS = 1000  # a curve is averaged down to this many
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -114,7 +115,7 @@ def svg(figure: Figure) -> str:
     """The figure as an `<svg>` element."""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(NO_METADATA))
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -203,16 +204,15 @@ def _binned(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean of each value and its `reach` neighbours on both sides; values not finite are skipped.
+    """Mean of each value and its `reach` neighbours on both sides, as far as there are any.
 
-    Towards the ends the window narrows on both sides alike, so the curve neither lags nor bends.
+    Values that are not finite are skipped.
     """
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(finite)])
     places = np.arange(len(values))
-    half = np.minimum(reach, np.minimum(places, places[::-1]))
-    first, end = places - half, places + half + 1
+    first, end = np.maximum(0, places - reach), np.minimum(len(values), places + reach + 1)
     num = count[end] - count[first]
     return np.where(num > 0, (total[end] - total[first]) / np.maximum(num, 1), math.nan)
 

@@ -9,8 +9,8 @@ only the last chunk's gradient and say nothing. Here all backwards of a step run
 `coalesce_grad_reduction` (ZeRO 1, 2, 3) or, on ZeRO 0, inside `no_sync` but for the last one: one
 reduction a step, at the price of one full local gradient a rank.
 
-Under ZeRO 3 every forward is a collective, so all ranks run the same number of chunks: they agree on
-the largest count that any rank needs, and each spreads its tokens evenly over that many.
+Under ZeRO 3 every forward is a collective, so all ranks run the same number of chunks: they agree
+on the largest count that any rank needs, and each spreads its tokens evenly over that many.
 
 B queries, N documents, D width.
 """

@@ -8,6 +8,7 @@ and the nearest valid one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -234,10 +235,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
     # YAML 1.1 reads 3e-4 as a string
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     node[leaf] = value
 
 

@@ -44,7 +44,8 @@ def write_report(run_dir: str | Path) -> Path:
         parts += [_card(svg(figure)) for figure in training_figures(lines)]
         parts += ["</section>"]
     if results:
-        parts += ["<h2>Evaluation</h2>", _card(svg(evaluation_bars(results))), _table(results)]
+        cards = _card(svg(evaluation_bars(results))) + _table(results)
+        parts += [f'<h2>Evaluation</h2><section class="grid">{cards}</section>']
     if recipe:
         parts += [f"<details><summary>Recipe</summary><pre>{html.escape(recipe)}</pre></details>"]
     target = folder / "report.html"
@@ -163,10 +164,11 @@ h1 { font-size: 26px; margin: 8px 0 16px; } h2 { font-size: 19px; margin: 28px 0
   border-radius: 8px; }
 .tiles div { padding: 10px 16px; } .tiles b { display: block; font-size: 19px; }
 .tiles span { color: #66717d; font-size: 13px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
+  gap: 16px; align-items: start; }
 .card { margin: 0; padding: 12px; } .card svg { width: 100%; height: auto; display: block; }
 .card svg text { font-family: system-ui, sans-serif !important; }
-table { border-collapse: collapse; margin-top: 16px; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 16px; text-align: right; } th:first-child { text-align: left; }
 tbody tr { border-top: 1px solid #e4e7eb; } tbody th { font-weight: 500; }
 .best { font-weight: 700; }

@@ -63,7 +63,8 @@ def run_deepspeed(
     """
     launcher = Path(sys.executable).with_name("deepspeed")
     command: Sequence[str] = [
-        str(launcher), "--no_local_rank", "--num_gpus", str(num_ranks), "--master_port", str(free_port()),
+        str(launcher), "--no_local_rank", "--num_gpus", str(num_ranks),
+        "--master_port", str(free_port()),
         str(script), *arguments,
     ]  # fmt: skip
     environment = os.environ | {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,6 +1,6 @@
 """The training loop: a recipe in, a run folder out.
 
-    RUN/recipe.yaml  metrics.jsonl  checkpoints/step-N/  model/  tensorboard/
+RUN/recipe.yaml  metrics.jsonl  checkpoints/step-N/  model/  tensorboard/
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Trainer:
     def _settle(self, recipe: Recipe) -> Recipe:
         """Fill in what depends on the machine, or take it from the run that goes on."""
         stored = recipe.output / "recipe.yaml"
-        precision = recipe.train.precision
+        precision: str = recipe.train.precision
         if precision == "auto":
             if stored.is_file():
                 precision = Recipe.load(stored).train.precision
@@ -163,7 +163,8 @@ class Trainer:
             "job_name": "tensorboard",
         }
         config["steps_per_print"] = 2**31
-        matrices, others = [], []
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
         for name, parameter in self.encoder.named_parameters():
             decays = parameter.ndim > 1 and "embed_tokens" not in name
             (matrices if decays else others).append(parameter)
@@ -195,7 +196,9 @@ class Trainer:
         first = checkpoint.load(self.engine, found[-1]) if found else 0
         if self.ranks.is_main:
             console.print(self._headline(first))
-        metrics = MetricsFile(output / "metrics.jsonl", first_step=first) if self.ranks.is_main else None
+        metrics = (
+            MetricsFile(output / "metrics.jsonl", first_step=first) if self.ranks.is_main else None
+        )
         with progress(disable=not self.ranks.is_main) as bar:
             task = bar.add_task("train", total=self.num_steps, completed=first, note="")
             loader = self._loader(first)
@@ -283,23 +286,24 @@ class Trainer:
         }
 
     def _show(self, line: dict[str, Any], bar: Progress, task: TaskID) -> None:
-        note = f"loss {line['loss']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  mfu {line['mfu']:.0%}"
+        note = (
+            f"loss {line['loss']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  mfu {line['mfu']:.0%}"
+        )
         bar.update(task, advance=1, note=note)
         names = ("loss", "lr", "grad_norm", "tokens_per_s", "pairs_per_s", "mfu", "peak_mem_mib")
         samples = (line["step"] + 1) * self.recipe.train.batch_size
-        self.engine.monitor.write_events(
-            [(f"train/{name}", line[name], samples) for name in names]
-        )
+        self.engine.monitor.write_events([(f"train/{name}", line[name], samples) for name in names])
 
     def _headline(self, first: int) -> str:
         recipe = self.recipe
         shape = f"{self.config.num_hidden_layers} layers x {self.config.hidden_size}"
         resumed = f", resumed at step {first}" if first else ""
+        ranks = f"{self.ranks.world_size} {self.ranks.device.type} ranks"
         return (
             f"{recipe.name}: {shape}, {recipe.model.attention}, {recipe.model.pooling} pooling, "
-            f"{recipe.train.precision}, ZeRO {self.engine.zero_optimization_stage()} on "
-            f"{self.ranks.world_size} {self.ranks.device.type} ranks; {len(self.batches.shards):,} records, "
-            f"{self.num_steps:,} steps of {recipe.train.batch_size:,} queries{resumed}"
+            f"{recipe.train.precision}, ZeRO {self.engine.zero_optimization_stage()} on {ranks}\n"
+            f"{len(self.batches.shards):,} records, {self.num_steps:,} steps of "
+            f"{recipe.train.batch_size:,} queries{resumed}"
         )
 
     def _sum(self, value: float) -> float:

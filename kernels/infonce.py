@@ -1,4 +1,4 @@
-"""InfoNCE without the matrix: exact loss and gradients in row chunks, every Matryoshka prefix at once.
+"""InfoNCE without the matrix: exact loss and gradients in row chunks, all prefixes at once.
 
 For prefix p of width d_p, with row norms a = |q[:d_p]| and column norms b = |k[:d_p]|:
 
@@ -7,14 +7,15 @@ For prefix p of width d_p, with row norms a = |q[:d_p]| and column norms b = |k[
     G    = w_p / B (softmax(z) - onehot)                          masked columns have G = 0
 
 The chunk's product is accumulated segment by segment, so prefix p is read when the first p segments
-are in. With Gs_p = G_p / (a_p b_p temperature) and H_j = sum_{p >= j} Gs_p, segment j of the gradient is
+are in. With Gs_p = G_p / (a_p b_p temperature) and H_j = sum_{p >= j} Gs_p, segment j of the
+gradient is
 
     dq = H_j  k_segment - q_segment sum_{p >= j} rowsum(G_p z_p) / a_p^2      (and the same for dk)
 
 All prefixes therefore cost the three GEMMs of the widest one (2*B*N*D FLOP each). The gradient is
-formed in the forward pass and only scaled in the backward pass. Work buffers are (P + 2) * chunk * N
-elements of the accumulation dtype; nothing of size B * N is ever made. Accumulation and softmax are
-float32 (float64 for float64 inputs): logits are never rounded to a narrower type before exp.
+formed in the forward pass and only scaled in the backward pass. Work buffers are (P + 2) * chunk
+* N elements of the accumulation dtype; nothing of size B * N is ever made. Accumulation and softmax
+are float32 (float64 for float64 inputs): logits are never rounded to a narrower type before exp.
 
 B queries, C rows of one chunk, N documents (columns), D width, P prefixes.
 """
@@ -151,7 +152,10 @@ def _chunked(
         for x in (q_BD, k_ND)
     )
 
-    lse_PB, score_PB = q_BD.new_empty(num_prefixes, num_rows), q_BD.new_empty(num_prefixes, num_rows)
+    lse_PB, score_PB = (
+        q_BD.new_empty(num_prefixes, num_rows),
+        q_BD.new_empty(num_prefixes, num_rows),
+    )
     num_masked_B = torch.zeros(num_rows, dtype=torch.int64, device=q_BD.device)
     dq_BD = torch.zeros_like(q_BD) if with_gradient else None
     dk_ND = torch.zeros_like(k_ND) if with_gradient else None

@@ -1,9 +1,9 @@
 """Train a retriever from a recipe.
 
-    deepspeed launchers/train.py --recipe recipes/demo.yaml                    # every GPU of this machine
-    deepspeed --hostfile hosts launchers/train.py --recipe recipes/base.yaml   # a cluster
-    deepspeed --num_gpus 2 launchers/train.py --recipe recipes/demo.yaml       # two CPU ranks
-    python launchers/train.py --recipe recipes/demo.yaml                       # one process
+    deepspeed launchers/train.py --recipe recipes/demo.yaml                   # all GPUs here
+    deepspeed --hostfile hosts launchers/train.py --recipe recipes/demo.yaml  # a cluster
+    deepspeed --num_gpus 2 launchers/train.py --recipe recipes/demo.yaml      # two CPU ranks
+    python launchers/train.py --recipe recipes/demo.yaml                      # one process
 
 Started again with the same recipe, a run goes on from its newest checkpoint.
 """
@@ -21,16 +21,20 @@ from drama.recipe import Recipe
 
 @click.command(help="Train a retriever as the recipe says; a stopped run goes on where it was.")
 @click.option("--recipe", "path", type=click.Path(path_type=Path), required=True)
-@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="change one value")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="For example train.lr=3e-4."
+)
 @click.option("--local_rank", type=int, default=0, hidden=True, help="passed by the launcher")
 def main(path: Path, overrides: tuple[str, ...], local_rank: int) -> None:
+    """Train as the recipe says."""
     with exit_on_user_error("train"):
         recipe = Recipe.load(path, overrides)
         from drama.trainer import quiet_libraries, train  # slow imports after the quick checks
 
         quiet_libraries()
         model = train(recipe)
-        console.print(f"[bold]done[/]: {model}", highlight=False)
+        if local_rank == 0:
+            console.print(f"[bold]done[/]: {model}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ def random_ranks(num_queries: list[int], negatives: list[int]) -> list[dict]:
     generator = random.Random(0)
 
     def row(shortest: int, longest: int) -> list[int]:
-        return [generator.randrange(3, 259) for _ in range(generator.randint(shortest, longest))] + [2]
+        return [
+            generator.randrange(3, 259) for _ in range(generator.randint(shortest, longest))
+        ] + [2]
 
     shared = [row(5, 60) for _ in range(3)]
     ranks = []

@@ -62,12 +62,12 @@ def prune(
 
     The folder holds float32 weights, the tokenizer, and pruning.json: shapes, kept indices, scores,
     the calibration text's sha256, and the held-out loss before and after. It appears whole or not
-    at all; an older pruned model at `out` is replaced. The source is only read. Runs on the GPU where
-    there is one. A dry run checks every input and prints the plan, without loading the weights.
+    at all; an older pruned model at `out` is replaced. The source is only read. Runs on the GPU
+    where there is one. A dry run checks every input and prints the plan, without the weights.
 
     Raises:
-        UserError: bad model, target or calibration text (`drama.prune.source`,
-            `parse_target`, `read_calibration`); `out` is the source or holds something else, or its disk is full.
+        UserError: bad model, target or calibration text (`drama.prune.source`, `parse_target`,
+            `read_calibration`); `out` is the source or holds something else, or its disk is full.
     """
     start = time.perf_counter()
     where = find_llm(model_path)

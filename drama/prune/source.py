@@ -187,14 +187,21 @@ def load_model(
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with quiet():
-            model = LlamaForCausalLM.from_pretrained(
-                source.folder, config=config, dtype=dtype, **options
+            loaded: Any = LlamaForCausalLM.from_pretrained(
+                source.folder, config=config, dtype=dtype, output_loading_info=True, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{source.name}: the weights cannot be read (damaged, or not of this configuration); "
             f"download them again: {error}"
         ) from error
+    model: LlamaForCausalLM = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        # transformers would go on with random numbers in their place
+        raise UserError(
+            f"{source.name}: {len(missing)} weights are missing (the first is {missing[0]}); "
+            "the files do not belong to this configuration, download them again"
+        )
     if source.gguf:
         # built anew from the unpacked tensors: nothing of the quantised loader stays on it
         generation = model.generation_config

@@ -97,7 +97,9 @@ class Results:
         rows = []
         for name, system in self.systems.items():
             values = [
-                f"{before}{value:.4f}{after}" if value == best[metric] else f"{value:.4f}"
+                f"{before}{value:.4f}{after}"
+                if value == best[metric] and len(self.systems) > 1
+                else f"{value:.4f}"
                 for metric, value in system.metrics.items()
             ]
             rows.append((name, f"{system.dim:,}" if system.dim else "", *values))
@@ -188,7 +190,7 @@ def score(qrels: Qrels, run: Run) -> dict[str, dict[str, float]]:
 def _check_system(name: str, spec: str | Path) -> str | Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"system name '{name}': letters, digits, '.', '_' and '-' make a name")
-    if spec == "bm25" or is_index(spec) or (Path(spec) / "config.json").is_file():
+    if str(spec) == "bm25" or is_index(spec) or (Path(spec) / "config.json").is_file():
         return spec
     raise UserError(
         f"system '{name}': '{spec}' is none; give 'bm25', a model folder (with config.json) or an "
@@ -217,7 +219,7 @@ def _run(
     k: int,
 ) -> tuple[Run, int | None]:
     """Return a system's run and the width of its vectors."""
-    if spec == "bm25":
+    if str(spec) == "bm25":
         return bm25_run(documents, queries, k), None
     if is_index(spec):
         index = Index.load(spec)

@@ -86,7 +86,7 @@ class Vectors:
     """Vectors opened for reading; `vectors_ND` is mapped from the file, not held in memory."""
 
     folder: Path
-    vectors_ND: np.ndarray  # noqa: N815
+    vectors_ND: np.ndarray
     ids: list[str]
     manifest: VectorsManifest
 

