@@ -1,6 +1,6 @@
-"""Package metadata. `kernels/`, `data/` and `ds_configs/` enter the package through the symlinks
-in `drama/`; they have no `__init__.py` of their own, so that a checkout never shadows Hugging
-Face's package `kernels`."""
+"""Package metadata. `kernels/`, `data/`, `launchers/`, `recipes/` and `ds_configs/` enter the
+package through the symlinks in `drama/`; they have no `__init__.py` of their own, so that a
+checkout never shadows Hugging Face's package `kernels`."""
 
 from pathlib import Path
 
@@ -18,6 +18,7 @@ setup(
     package_data={
         "drama": ["py.typed"],
         "drama.ds_configs": ["*.json"],
+        "drama.recipes": ["*.yaml"],
         "drama.data.demo": ["*", "scifact/*", "scifact/qrels/*"],
     },
     install_requires=[

@@ -196,10 +196,7 @@ def search(queries: Sequence[str], folder: Path, k: int) -> None:
     """Search an index. Without QUERIES, one is read per line of standard input."""
     from drama.retrieve.search import search as find_documents
 
-    if queries:
-        texts = list(queries)
-    else:
-        texts = [line.strip() for line in click.get_text_stream("stdin") if line.strip()]
+    texts = list(queries) if queries else [line.strip() for line in sys.stdin if line.strip()]
     if not texts:
         raise UserError("no query: give one as an argument or a line of standard input")
     for query, hits in zip(texts, find_documents(folder, texts, k), strict=True):
@@ -267,7 +264,7 @@ def _bytes(text: str) -> int:
     upper = text.upper().strip()
     for unit, factor in units.items():
         number = upper.removesuffix(unit)
-        if number != upper and number.replace(".", "", 1).isdigit() and float(number) > 0:
+        if number != upper and number.replace(".", "", 1).isdecimal() and float(number) > 0:
             return max(1, int(float(number) * factor))
     raise UserError(f"size '{text}': write a number with KB, MB or GB, for example 256MB")
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from drama.console import console
 from drama.errors import UserError
 from drama.files import replacing
@@ -62,7 +64,6 @@ def run_demo(output: Path, *, llm: Path | None = None, quiet: bool = False) -> d
             console.rule(
                 f"[bold]{number}/{len(stages)} {stage.name}[/]: {stage.what}", align="left"
             )
-            console.print(f"$ {line}", style="cyan", highlight=False, soft_wrap=True)
         start = time.perf_counter()
         _run(stage, output / "logs" if quiet else None)
         # what follows a stage that ran again must run again too
@@ -94,10 +95,10 @@ def demo_stages(output: Path, llm: Path) -> list[Stage]:
     recipe = ["--recipe", _shown(ROOT / "recipes" / "demo.yaml")]
     if output != Path("runs/demo"):  # where the recipe expects everything
         recipe += [
-            "--set", f"output={output}", "--set", f"model.path={output / 'backbone'}",
-            "--set", f"data.shards=[{output / 'shards'}]",
+            "--set", f"output={_yaml(output)}",
+            "--set", f"model.path={_yaml(output / 'backbone')}",
+            "--set", f"data.shards=[{_yaml(output / 'shards')}]",
         ]  # fmt: skip
-    port = [] if _is_free(DEFAULT_PORT) else ["--master_port", "29511"]
     scifact = f"{sample}/scifact"
     at = {
         name: str(output / name)
@@ -113,7 +114,7 @@ def demo_stages(output: Path, llm: Path) -> list[Stage]:
             "drama", "shard", f"{sample}/pairs.jsonl.xz", "--out", at["shards"],
         ]),
         Stage("train", "two ranks, ZeRO-3, packed batches, gradient cache", [
-            "deepspeed", "--num_gpus", "2", *port, _shown(ROOT / "launchers" / "train.py"), *recipe,
+            "deepspeed", "--num_gpus", "2", _shown(ROOT / "launchers" / "train.py"), *recipe,
         ]),
         Stage("export", "a folder for transformers and sentence-transformers", [
             "drama", "export", str(output), "--out", at["retriever"], "--check",
@@ -151,8 +152,13 @@ def _run(stage: Stage, logs: Path | None) -> None:
     if program is None:
         raise UserError(f"{stage.command[0]} is not installed beside {sys.executable}")
     environment = os.environ | {"PATH": search, "PYTHONSAFEPATH": "1"}
-    command, where = [program, *stage.command[1:]], "see above"
+    arguments = stage.command[1:]
+    if stage.command[0] == "deepspeed" and (port := _other_port()):
+        arguments = ["--master_port", str(port), *arguments]
+    command, where = [program, *arguments], "see above"
     if logs is None:
+        line = shlex.join([stage.command[0], *arguments])
+        console.print(f"$ {line}", style="cyan", highlight=False, soft_wrap=True)
         code = subprocess.run(command, env=environment, check=False).returncode
     else:
         logs.mkdir(parents=True, exist_ok=True)
@@ -184,11 +190,22 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def _is_free(port: int) -> bool:
+def _yaml(path: Path) -> str:
+    """The path as a YAML string, quoted only where it must be."""
+    text = yaml.safe_dump([str(path)], default_flow_style=True, allow_unicode=True, width=1_000_000)
+    return text.strip()[1:-1]
+
+
+def _other_port() -> int | None:
+    """A free port where DeepSpeed's own is taken, else None.
+
+    Not part of the recorded command: a stage that ended does not run again because of it.
+    """
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            server.bind(("127.0.0.1", port))
+            server.bind(("127.0.0.1", DEFAULT_PORT))
         except OSError:
-            return False
-    return True
+            server.bind(("127.0.0.1", 0))
+            return int(server.getsockname()[1])
+    return None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
@@ -82,11 +83,16 @@ class Encoder(nn.Module):
         settings = settings or read_settings(folder)
         tokenizer = load_tokenizer(folder)
         try:
-            backbone = AutoModel.from_pretrained(
-                folder, dtype=dtype or torch.float32, attn_implementation=ATTENTION_NAME
+            backbone, info = AutoModel.from_pretrained(
+                folder,
+                dtype=dtype or torch.float32,
+                attn_implementation=ATTENTION_NAME,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{folder}: the model cannot be loaded: {error}") from error
+        if info["missing_keys"]:  # transformers fills them with random numbers
+            raise UserError(f"{folder}: weight {min(info['missing_keys'])} is missing")
         missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb")
                    if not hasattr(backbone, n)]  # fmt: skip
         if missing:
@@ -247,17 +253,22 @@ def read_settings(folder: Path) -> RetrieverSettings:
     where that is known to be bidirectional.
 
     Raises:
-        UserError: a file that is no JSON, or a pooling other than last or mean.
+        UserError: an unknown architecture, a file that is no JSON, or another pooling than last or
+            mean.
     """
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}/config.json cannot be read: {reason}") from error
     settings = RetrieverSettings()
     dims = getattr(config, "matryoshka_dimensions", None)
     if dims:
         settings = replace(settings, matryoshka_dims=tuple(dims))
     if not (folder / "modules.json").is_file():
         return settings
-    declared_causal = getattr(config, "is_causal", config.model_type != "eurobert")
-    settings = replace(settings, attention="causal" if declared_causal else "bidirectional")
+    causal = _declared_causal(config, folder)
+    settings = replace(settings, attention="causal" if causal else "bidirectional")
     pooling = _read_json(folder / "1_Pooling" / "config.json")
     if pooling.get("pooling_mode_lasttoken"):
         settings = replace(settings, pooling="last")
@@ -273,6 +284,20 @@ def read_settings(folder: Path) -> RetrieverSettings:
         document_prefix=prompts.get("document", ""),
         max_tokens=limit or settings.max_tokens,
     )
+
+
+def _declared_causal(config: Any, folder: Path) -> bool:
+    """What the mask keys of transformers and text-embeddings-inference say; they must agree."""
+    claims = []
+    if getattr(config, "is_causal", None) is not None:
+        claims.append(bool(config.is_causal))
+    if getattr(config, "use_bidirectional_attention", None) is not None:
+        claims.append(not config.use_bidirectional_attention)
+    if len(set(claims)) == 2:
+        raise UserError(
+            f"{folder}/config.json: is_causal and use_bidirectional_attention contradict each other"
+        )
+    return claims[0] if claims else config.model_type != "eurobert"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ and the nearest valid one.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelRecipe(_Strict):
@@ -182,6 +182,14 @@ class Recipe(_Strict):
             config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not readable as JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: expected a JSON object, as in {DS_CONFIGS / 'zero3.json'}")
+        for key in ("bf16", "fp16"):
+            if not isinstance(config.get(key, {}), dict):
+                raise UserError(f'{path}: {key} must be an object such as {{"enabled": "auto"}}')
+        for key in ("optimizer", "scheduler"):  # DeepSpeed would leave them out without a word
+            if key in config:
+                raise UserError(f"{path}: {key} is set by the recipe (train.lr, ...); remove it")
         # one optimiser step is one DeepSpeed micro-batch: the gradient cache does the accumulation
         per_rank = max(1, self.train.batch_size // world_size)
         expected: dict[str, Any] = {
@@ -234,9 +242,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
     # YAML 1.1 reads 3e-4 as a string
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text.strip()):
+        value = float(value)
     node[leaf] = value
 
 

