@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from drama.errors import UserError
@@ -99,11 +103,22 @@ def faults(checkpoint: Path) -> list[str]:
     ]
 
 
+def _load_tensors_only(path: str, map_location: Any = None) -> Any:
+    """In the place of DeepSpeed's file reader, which runs whatever code a pickle holds."""
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
+
+
 def load(engine: Any, checkpoint: Path) -> int:
     """Load weights, optimizer and schedule; return the number of steps that were done.
 
     Raises:
-        UserError: saved with another number of ranks.
+        UserError: saved with another number of ranks, or a file that holds more than tensors and
+            plain values.
     """
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     if state["world_size"] != engine.world_size:
@@ -111,6 +126,7 @@ def load(engine: Any, checkpoint: Path) -> int:
             f"{checkpoint} was saved by {state['world_size']} ranks, this run has "
             f"{engine.world_size}; start with --num_gpus {state['world_size']}"
         )
+    engine.checkpoint_engine.load = _load_tensors_only
     engine.load_checkpoint(str(checkpoint), tag="zero")
     return int(state["step"])
 

@@ -110,6 +110,9 @@ def shard(sources: Sequence[Path], out: Path, name: str, shard_size: str) -> Non
     from drama.data.shards import write_shards
     from drama.data.sources import read_source
 
+    for source in sources:  # before hours of work on the sources in front of it
+        if not source.exists():
+            raise UserError(f"{source} does not exist")
     records = chain.from_iterable(read_source(source) for source in sources)
     manifest = write_shards(records, out, name=name, shard_bytes=_bytes(shard_size))
     parts = ", ".join(f"{source} {count:,}" for source, count in manifest.sources.items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -13,7 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True)
+# of several ranks the first one speaks
+console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def progress(*, disable: bool = False) -> Progress:

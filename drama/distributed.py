@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
 from drama.errors import UserError
+
+if not torch.cuda.is_available():  # else DeepSpeed warns in every process that it found none
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
 
 
 @dataclass(frozen=True)

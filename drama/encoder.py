@@ -212,31 +212,33 @@ class Encoder(nn.Module):
     def check_mask(self, where: str = "model") -> None:
         """Run the model and refuse it when its mask is not the declared one.
 
-        Changes the last token of a text and looks at the first token's state, through the packed
-        path and through the model's own padded forward (a short row beside a longer one: some
-        overrides are bidirectional only where nothing is padded). A neighbour in the packed batch
-        must not notice the change.
+        Changes the last token of a text and looks at the states of those before it, through the
+        packed path and through the model's own padded forward (a short row beside a longer one:
+        some overrides are bidirectional only where nothing is padded). All of them, not the first
+        alone: that one may be an attention sink whose huge state swallows the change. A neighbour
+        in the packed batch must not notice anything.
 
         Raises:
             UserError: declared and real mask differ.
         """
         causal = self.settings.attention == "causal"
-        ids = [token % self.backbone.config.vocab_size for token in (11, 12, 13, 14)]
-        changed, neighbour = [*ids[:-1], 15 % self.backbone.config.vocab_size], ids + ids
-        seen = {}
-        before, after = (
-            self.hidden_states(pack([row, neighbour]).to(self.device)) for row in (ids, changed)
+        text = [token % self.backbone.config.vocab_size for token in range(11, 19)]
+        changed = [*text[:-1], 20 % self.backbone.config.vocab_size]
+        neighbour, length = text + text, len(text)
+        before_TD, after_TD = (
+            self.hidden_states(pack([row, neighbour]).to(self.device)) for row in (text, changed)
         )
-        if not torch.equal(before[4:], after[4:]):
+        if not torch.equal(before_TD[length:], after_TD[length:]):
             raise UserError(f"{where}: packed texts see each other; attention back end is broken")
-        seen["packed"] = not torch.equal(before[0], after[0])
+        seen = {"packed": not torch.equal(before_TD[: length - 1], after_TD[: length - 1])}
         padded = []
-        for row in (ids, changed):
-            batch = torch.tensor([row + ids, neighbour], device=self.device)
+        for row in (text, changed):
+            batch = torch.tensor([row + text, neighbour], device=self.device)
             mask = torch.ones_like(batch)
-            mask[0, len(row) :] = 0
-            padded.append(self.backbone(input_ids=batch, attention_mask=mask).last_hidden_state)
-        seen["padded"] = not torch.equal(padded[0][0, 0], padded[1][0, 0])
+            mask[0, length:] = 0
+            states_BLD = self.backbone(input_ids=batch, attention_mask=mask).last_hidden_state
+            padded.append(states_BLD[0, : length - 1])
+        seen["padded"] = not torch.equal(padded[0], padded[1])
         for path, sees_ahead in seen.items():
             if sees_ahead == causal:
                 real = "bidirectional" if sees_ahead else "causal"

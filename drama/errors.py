@@ -7,7 +7,9 @@ line on stderr and exit code 2. A fault of ours is any other exception and keeps
 from __future__ import annotations
 
 import difflib
+import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -24,9 +26,15 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 @contextmanager
 def exit_on_user_error(program: str) -> Iterator[None]:
-    """Print a `UserError` as one line on stderr and exit with code 2."""
+    """Print a `UserError` as one line on stderr and exit with code 2.
+
+    Ranks other than the first hold their line back for a moment: the launcher ends them when the
+    first one exits, so a fault that all of them see is said once.
+    """
     try:
         yield
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -78,6 +78,17 @@ def export(
     return Path(out)
 
 
+def check_exportable(encoder: Encoder) -> None:
+    """Refuse a backbone that neither Llama nor EuroBERT can express.
+
+    Raises:
+        UserError: another architecture.
+    """
+    model_type = encoder.backbone.config.model_type
+    if model_type not in ("llama", "eurobert"):
+        raise UserError(f"a {model_type} backbone cannot be exported; llama and eurobert can")
+
+
 def _write_config(
     encoder: Encoder, folder: Path, architecture: Architecture, dtype: torch.dtype
 ) -> None:

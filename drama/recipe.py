@@ -9,7 +9,6 @@ and the nearest valid one.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -241,10 +240,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
-    # YAML 1.1 reads 3e-4 as a string
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text.strip()):
-        value = float(value)
-    node[leaf] = value
+    node[leaf] = value  # YAML 1.1 reads 3e-4 as a string; pydantic makes a number of it
 
 
 def _first_fault(error: ValidationError) -> str:

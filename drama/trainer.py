@@ -26,7 +26,7 @@ from drama.data.stream import LaneOrder, ShardSet
 from drama.distributed import Ranks
 from drama.encoder import Encoder, RetrieverSettings
 from drama.errors import UserError
-from drama.export import export
+from drama.export import check_exportable, export
 from drama.gradcache import GradCache, StepOutput
 from drama.loss import ContrastiveLoss
 from drama.metrics import (
@@ -95,9 +95,8 @@ class Trainer:
             for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
         }
         best = max(rates, key=lambda name: rates[name])
-        if self.ranks.is_main:
-            shown = ", ".join(f"{n} {r / 1e9:,.0f} GFLOP/s" for n, r in rates.items())
-            console.print(f"precision: {best} (matrix product: {shown})")
+        shown = ", ".join(f"{n} {r / 1e9:,.0f} GFLOP/s" for n, r in rates.items())
+        console.print(f"precision: {best} (matrix product: {shown})")
         return best
 
     def _load_encoder(self) -> Encoder:
@@ -111,6 +110,7 @@ class Trainer:
             max_tokens=max(recipe.data.max_query_tokens, recipe.data.max_document_tokens),
         )
         encoder = Encoder.from_pretrained(recipe.model.path, settings=settings)
+        check_exportable(encoder)  # before the work, not after
         dims = recipe.loss.matryoshka_dims
         if dims and dims[-1] != encoder.dim:
             raise UserError(
@@ -194,8 +194,7 @@ class Trainer:
             recipe.save(output / "recipe.yaml")
         found = checkpoint.whole_checkpoints(output / "checkpoints")
         first = checkpoint.load(self.engine, found[-1]) if found else 0
-        if self.ranks.is_main:
-            console.print(self._headline(first))
+        console.print(self._headline(first))
         metrics = (
             MetricsFile(output / "metrics.jsonl", first_step=first) if self.ranks.is_main else None
         )

@@ -32,9 +32,7 @@ def main(path: Path, overrides: tuple[str, ...], local_rank: int) -> None:
         from drama.trainer import quiet_libraries, train  # slow imports after the quick checks
 
         quiet_libraries()
-        model = train(recipe)
-        if local_rank == 0:
-            console.print(f"[bold]done[/]: {model}", highlight=False)
+        console.print(f"[bold]done[/]: {train(recipe)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,7 @@ def exported(tmp_path, architecture=None, config=None, **settings):
 def test_same_embeddings_in_transformers_and_sentence_transformers(
     tmp_path, attention, architecture, config, pooling
 ):
-    encoder, folder = exported(
-        tmp_path, architecture, config, attention=attention, pooling=pooling
-    )
+    encoder, folder = exported(tmp_path, architecture, config, attention=attention, pooling=pooling)
     differences = embedding_differences(folder)
     assert len(differences) == 4
     assert max(differences.values()) <= TOLERANCE

@@ -12,6 +12,18 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def stop_halfway(target: Path, fault: type[BaseException]) -> None:
+    with replacing(target) as temporary:
+        temporary.write_text("half")
+        raise fault
+
+
+def stop_halfway_in_folder(target: Path, fault: type[BaseException]) -> None:
+    with replacing_folder(target) as temporary:
+        (temporary / "a").write_text("half")
+        raise fault
+
+
 def test_a_file_is_replaced_and_parents_are_made(tmp_path: Path) -> None:
     target = tmp_path / "new" / "parents" / "file.txt"
     for text in ("first", "second"):
@@ -27,17 +39,15 @@ def test_a_file_is_replaced_and_parents_are_made(tmp_path: Path) -> None:
 def test_an_error_keeps_the_old_file(tmp_path: Path, fault: type[BaseException]) -> None:
     target = tmp_path / "file.txt"
     target.write_text("old")
-    with pytest.raises(fault), replacing(target) as temporary:
-        temporary.write_text("half")
-        raise fault
+    with pytest.raises(fault):
+        stop_halfway(target, fault)
     assert target.read_text() == "old"
     assert names(tmp_path) == ["file.txt"]
 
 
 def test_an_error_before_the_first_file_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), replacing(tmp_path / "file.txt") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        stop_halfway(tmp_path / "file.txt", RuntimeError)
     assert names(tmp_path) == []
 
 
@@ -69,9 +79,18 @@ def test_an_error_keeps_the_old_folder(tmp_path: Path, fault: type[BaseException
     target = tmp_path / "folder"
     target.mkdir()
     (target / "a").write_text("old")
-    with pytest.raises(fault), replacing_folder(target) as temporary:
-        (temporary / "a").write_text("half")
-        raise fault
+    with pytest.raises(fault):
+        stop_halfway_in_folder(target, fault)
+    assert (target / "a").read_text() == "old"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "a").write_text("old")
+    with pytest.raises(FileNotFoundError), replacing_folder(target) as temporary:
+        temporary.rmdir()
     assert (target / "a").read_text() == "old"
     assert names(tmp_path) == ["folder"]
 

@@ -30,10 +30,11 @@ def test_forward_flops_are_those_that_torch_counts(shape: dict[str, int]) -> Non
     ids = torch.randint(50, (num_texts, length))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids)
-    # the angles of the rotary embedding are a matrix product too, once a batch; we leave them out
+    # no head, no embedding product: all that torch counts is ours, the outer product of the rotary
+    # angles excepted, which some versions count (2 * head_dim / 2 a position)
     head_dim = shape.get("head_dim", 64 // shape["num_attention_heads"])
-    angles = 2 * (head_dim // 2) * length
-    assert forward_flops(config, [length] * num_texts) == counter.get_total_flops() - angles
+    beyond = counter.get_total_flops() - forward_flops(config, [length] * num_texts)
+    assert beyond in (0, head_dim * length, head_dim * length * num_texts)
 
 
 def test_forward_flops_of_ragged_texts_add_up() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -82,9 +83,7 @@ def test_the_run_folder_holds_what_was_promised(world):
     run = world / "whole"
     lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(STEPS))
-    fields = (
-        "loss lr grad_norm tokens tokens_per_s pairs_per_s mfu peak_mem_mib data_wait_s seconds"
-    ).split()
+    fields = ["loss", "lr", "grad_norm", "tokens", "mfu", "peak_mem_mib", "data_wait_s"]
     for line in lines:
         assert all(math.isfinite(line[field]) for field in fields)
         assert line["pairs"] == 32
@@ -125,17 +124,67 @@ def test_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(world
         time.sleep(0.02)
     assert process.poll() is None, "the run ended before it could be killed"
     os.killpg(process.pid, signal.SIGKILL)
-    subprocess.run(["pkill", "-9", "-f", f"output={run}"], check=False)
     process.wait()
-    done = run_deepspeed(
-        TRAIN, "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}"
-    )
+    done = run_deepspeed(TRAIN, "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "resumed at step 4" in done.stdout + done.stderr
-    losses = [[line["loss_by_prefix"] for line in metrics(folder)] for folder in (run, world / "whole")]
+    losses = [
+        [line["loss_by_prefix"] for line in metrics(folder)] for folder in (run, world / "whole")
+    ]
     assert losses[0] == losses[1]
     weights = [load_file(r / "model" / "model.safetensors") for r in (run, world / "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.parametrize("deepspeed", ["zero0", "zero2"])
+def test_a_finished_run_goes_on_from_its_checkpoint_alone(world, deepspeed):
+    """Weights and optimizer come from the files: the losses equal an unbroken longer run's."""
+    options = [
+        "--recipe", str(world / "recipe.yaml"), "--set", "train.schedule=constant",
+        "--set", f"train.deepspeed={deepspeed}", "--set", "train.warmup_ratio=0",
+        "--set", "data.workers=0", "--set", "train.precision=bf16",
+    ]  # fmt: skip
+    unbroken, cut = world / f"unbroken-{deepspeed}", world / f"cut-{deepspeed}"
+    for run, steps in ((unbroken, 4), (cut, 2)):
+        done = single(*options, "--set", f"output={run}", "--set", f"train.steps={steps}")
+        assert done.returncode == 0, done.stderr[-3000:]
+    recipe = cut / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("steps: 2", "steps: 4"))
+    done = single("--recipe", str(recipe))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed at step 2" in done.stderr
+    assert [x["loss"] for x in metrics(cut)] == [x["loss"] for x in metrics(unbroken)]
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(world, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world / "whole", run)
+    recipe = run / "recipe.yaml"
+    text = recipe.read_text().replace(str(world / "whole"), str(run)).replace("zero3", "zero1")
+    recipe.write_text(text)
+    state_path = run / "checkpoints" / "step-9" / "state.json"
+    state = json.loads(state_path.read_text())
+    state["world_size"] = 1
+    evil = run / "checkpoints" / "step-9" / "zero" / "mp_rank_00_model_states.pt"
+    torch.save({"module": _Evil(tmp_path / "evil")}, evil)
+    state["files"]["zero/mp_rank_00_model_states.pt"] = evil.stat().st_size
+    state_path.write_text(json.dumps(state))
+    done = single("--recipe", str(recipe))
+    refused(done, "mp_rank_00_model_states.pt", "damaged or not a checkpoint")
+    assert not (tmp_path / "evil").exists()
+
+
+class _Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_another_number_of_ranks_is_named(world):
+    done = single("--recipe", str(world / "recipe.yaml"))
+    refused(done, "saved by 2 ranks", "--num_gpus 2")
 
 
 def test_one_process_gives_the_same_model_as_two_ranks(world):

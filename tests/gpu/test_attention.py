@@ -75,5 +75,6 @@ def test_errors_are_at_most_twice_those_of_plain_torch(
     plain = run(plain_torch, torch.bfloat16)
     ours = run(attention, torch.bfloat16)
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), exact, plain, ours, strict=True):
-        bound = 2 * (b - a).norm() + 1e-3 * a.norm() + 1e-6
+        # the floor: dq and dk of a text of one token are 0, but for a difference of float32 sums
+        bound = 2 * (b - a).norm() + 1e-3 * a.norm() + 1e-4 * grad_THE.double().norm()
         assert (c - a).norm() <= bound, name
