@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from drama.console import console
+from drama.console import console, quiet_libraries
 from drama.errors import UserError, exit_on_user_error
 
 SECTIONS = {
@@ -38,6 +38,7 @@ class Pipeline(click.Group):
                 formatter.write_dl(rows)
 
     def invoke(self, context: click.Context) -> Any:
+        quiet_libraries()
         with exit_on_user_error("drama"):
             return super().invoke(context)
 
@@ -222,6 +223,7 @@ def search(queries: Sequence[str], folder: Path, k: int) -> None:
 @click.option("--split", default="test", show_default=True)
 @click.option("--out", type=FOLDER, help="Keep runs, vectors and figures here.")
 @click.option("--dim", type=click.IntRange(1), help="Cut vectors to this width (Matryoshka).")
+@click.option("--max-tokens", type=click.IntRange(2), help="Cut documents here (model folders).")
 @click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout.")
 def evaluate(
     dataset: Path,
@@ -229,6 +231,7 @@ def evaluate(
     split: str,
     out: Path | None,
     dim: int | None,
+    max_tokens: int | None,
     as_json: bool,
 ) -> None:
     """nDCG@10, Recall@100 and MRR@10 on a BEIR folder.
@@ -246,7 +249,7 @@ def evaluate(
         if name in specs:
             raise UserError(f"two systems are called {name}; name them: --system NAME=SPEC")
         specs[name] = spec
-    results = run(dataset, specs, split=split, out=out, dim=dim)
+    results = run(dataset, specs, split=split, out=out, dim=dim, max_tokens=max_tokens)
     if as_json:
         click.echo(results.to_json())
     else:

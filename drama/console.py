@@ -19,6 +19,12 @@ from rich.progress import (
 console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
+def quiet_libraries() -> None:
+    """Leave the console to our own lines; call it before transformers is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def progress(*, disable: bool = False) -> Progress:
     """A progress display: name, bar, share, count, elapsed, remaining, and a free `note` field.
 

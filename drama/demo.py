@@ -31,6 +31,7 @@ SHAPE = "layers=6,hidden=480,heads=6,ffn=768"
 DEFAULT_PORT = 29500  # DeepSpeed's
 
 _PACKAGE = Path(__file__).resolve().parent
+ON_GPU = shutil.which("nvidia-smi") is not None
 # a checkout has launchers/, recipes/ and data/ beside the package, a wheel has them inside it
 ROOT = _PACKAGE.parent if (_PACKAGE.parent / "launchers").is_dir() else _PACKAGE
 
@@ -99,6 +100,7 @@ def demo_stages(output: Path, llm: Path) -> list[Stage]:
             "--set", f"model.path={_yaml(output / 'backbone')}",
             "--set", f"data.shards=[{_yaml(output / 'shards')}]",
         ]  # fmt: skip
+    ranks = [] if ON_GPU else ["--num_gpus", "2"]  # on the CPU: two processes
     scifact = f"{sample}/scifact"
     at = {
         name: str(output / name)
@@ -113,8 +115,8 @@ def demo_stages(output: Path, llm: Path) -> list[Stage]:
         Stage("shard", "question-answer pairs become WebDataset shards", [
             "drama", "shard", f"{sample}/pairs.jsonl.xz", "--out", at["shards"],
         ]),
-        Stage("train", "two ranks, ZeRO-3, packed batches, gradient cache", [
-            "deepspeed", "--num_gpus", "2", _shown(ROOT / "launchers" / "train.py"), *recipe,
+        Stage("train", "DeepSpeed ranks, ZeRO-3, packed batches, gradient cache", [
+            "deepspeed", "--quiet", *ranks, _shown(ROOT / "launchers" / "train.py"), *recipe,
         ]),
         Stage("export", "a folder for transformers and sentence-transformers", [
             "drama", "export", str(output), "--out", at["retriever"], "--check",
@@ -127,7 +129,7 @@ def demo_stages(output: Path, llm: Path) -> list[Stage]:
         Stage("evaluate", "against BM25 and the backbone before training", [
             "drama", "evaluate", scifact, "--system", "bm25",
             "--system", f"before={at['backbone']}", "--system", f"after={at['index']}",
-            "--out", at["evaluation"],
+            "--max-tokens", "96", "--out", at["evaluation"],
         ]),
         Stage("report", "curves and table as one page", ["drama", "report", str(output)]),
     ]  # fmt: skip
@@ -152,7 +154,7 @@ def _run(stage: Stage, logs: Path | None) -> None:
     if program is None:
         raise UserError(f"{stage.command[0]} is not installed beside {sys.executable}")
     environment = os.environ | {"PATH": search, "PYTHONSAFEPATH": "1"}
-    if shutil.which("nvidia-smi") is None:
+    if not ON_GPU:
         environment.setdefault("DS_ACCELERATOR", "cpu")  # spares its warning in every process
     arguments = stage.command[1:]
     if stage.command[0] == "deepspeed" and (port := _other_port()):

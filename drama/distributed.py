@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +42,9 @@ class Ranks:
         Raises:
             UserError: the port of the rendezvous is in use.
         """
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed calls torch's collectives by the names that torch 2.13 replaced
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         if "RANK" not in os.environ:
             alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
             os.environ.update({key: str(value) for key, value in alone.items()})

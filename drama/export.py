@@ -95,7 +95,15 @@ def _write_config(
     source = encoder.backbone.config
     shared = {key: getattr(source, key) for key in _SHARED_KEYS if hasattr(source, key)}
     bidirectional = encoder.settings.attention == "bidirectional"
-    config_class = EuroBertConfig if architecture == "eurobert" else LlamaConfig
+    config_class: type[EuroBertConfig] | type[LlamaConfig] = LlamaConfig
+    if architecture == "eurobert":
+        config_class = EuroBertConfig
+        # its default lies outside other vocabularies; nothing here uses the token
+        tokenizer = encoder.tokenizer
+        shared["mask_token_id"] = (
+            tokenizer.mask_token_id if tokenizer.mask_token_id is not None
+            else tokenizer.pad_token_id
+        )  # fmt: skip
     config = config_class(
         **shared, tie_word_embeddings=False, architectures=[f"{_CLASS_PREFIX[architecture]}Model"]
     )

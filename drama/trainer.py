@@ -350,17 +350,3 @@ def train(recipe: Recipe) -> Path:
     """Train as the recipe says, on every rank that the launcher started; return RUN/model."""
     with Ranks.start() as ranks:
         return Trainer(recipe, ranks).run()
-
-
-def quiet_libraries() -> None:
-    """Keep DeepSpeed and transformers to their warnings; our own lines say what matters."""
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # DeepSpeed still calls torch's collectives by the names that torch 2.13 replaced
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from drama.console import console
+from drama.console import console, quiet_libraries
 from drama.errors import exit_on_user_error
 from drama.recipe import Recipe
 
@@ -29,9 +29,9 @@ def main(path: Path, overrides: tuple[str, ...], local_rank: int) -> None:
     """Train as the recipe says."""
     with exit_on_user_error("train"):
         recipe = Recipe.load(path, overrides)
-        from drama.trainer import quiet_libraries, train  # slow imports after the quick checks
-
         quiet_libraries()
+        from drama.trainer import train  # slow imports after the quick checks
+
         console.print(f"[bold]done[/]: {train(recipe)}", highlight=False)
 
 

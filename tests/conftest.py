@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drama.trainer import quiet_libraries
+from drama.console import quiet_libraries
 
 quiet_libraries()
 

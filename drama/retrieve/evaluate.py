@@ -113,6 +113,7 @@ def evaluate(
     split: str = "test",
     out: Path | None = None,
     dim: int | None = None,
+    max_tokens: int | None = None,
     k: int = 100,
 ) -> Results:
     """Run each system over a split's judged queries and score it.
@@ -123,6 +124,7 @@ def evaluate(
         split: the qrels to use.
         out: where runs, vectors and figures are kept (see the top of the file); None keeps nothing.
         dim: cut dense vectors to this width (Matryoshka); an index must have it already.
+        max_tokens: where a model folder's documents are cut; default the model's.
         k: length of the rankings, at least 100.
 
     Raises:
@@ -151,7 +153,14 @@ def evaluate(
         figures = {}
         for name, spec in specs.items():
             run, width = _run(
-                spec, folder, documents, queries, Path(place) / "vectors" / name, dim, k
+                spec,
+                folder,
+                documents,
+                queries,
+                Path(place) / "vectors" / name,
+                dim=dim,
+                max_tokens=max_tokens,
+                k=k,
             )
             if out is not None:
                 write_run(run, Path(out) / "runs" / f"{name}.trec", tag=name)
@@ -215,7 +224,9 @@ def _run(
     documents: list[Document],
     queries: dict[str, str],
     vectors_dir: Path,
+    *,
     dim: int | None,
+    max_tokens: int | None,
     k: int,
 ) -> tuple[Run, int | None]:
     """Return a system's run and the width of its vectors."""
@@ -227,7 +238,7 @@ def _run(
         return _dense_run(index, load_index_model(index), queries, k), index.meta.dim
     encoder = load_encoder(spec)
     check_dim(dim, encoder, spec)
-    vectors = encode_corpus(folder, spec, vectors_dir, overwrite=True)
+    vectors = encode_corpus(folder, spec, vectors_dir, max_tokens=max_tokens, overwrite=True)
     index = Index.from_vectors(vectors, "flat", dim)
     return _dense_run(index, encoder, queries, k), index.meta.dim
 

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file
 
+from drama.console import quiet_libraries
 from drama.data.batches import RankBatch
 from drama.distributed import Ranks
 from drama.encoder import Encoder, RetrieverSettings
 from drama.gradcache import GradCache
 from drama.loss import ContrastiveLoss
-from drama.trainer import quiet_libraries
 
 
 def main(folder: Path) -> None:
