@@ -18,7 +18,6 @@ $(VENV)/.installed: setup.py pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed; call make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)" \
 		|| { echo "error: torch cannot be installed; is the package index reachable?"; exit 2; }
 	$(BIN)/pip install --quiet -e ".[dev]"

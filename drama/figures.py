@@ -1,7 +1,7 @@
 """Figures of a run and of an evaluation, drawn by matplotlib without a display.
 
 Axes name their units, numbers carry thousands separators. Every function returns a
-`matplotlib.figure.Figure`; `svg` and `save_png` write one.
+`matplotlib.figure.Figure`; `svg` writes one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -19,8 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-from drama.files import replacing
 
 INK, GREY, GRID = "#1f2933", "#66717d", "#e4e7eb"
 COLOURS = ("#2f6db3", "#e08a2e", "#3a9a7b", "#8a63b8", "#c8553d", "#7b8794", "#b5a02c", "#4fb3d0")
@@ -118,12 +115,6 @@ def svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(NO_METADATA))
     text = buffer.getvalue()
     return text[text.index("<svg") :]
-
-
-def save_png(figure: Figure, path: str | Path) -> None:
-    """Write the figure as a PNG, at 200 dots an inch."""
-    with replacing(path) as temporary, matplotlib.rc_context(STYLE):
-        figure.savefig(temporary, format="png", dpi=200, metadata={"Software": None})
 
 
 def _loss(lines: Sequence[Line]) -> Figure:

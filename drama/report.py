@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from drama.errors import UserError
-from drama.figures import Line, Results, evaluation_bars, save_png, svg, training_figures
+from drama.figures import Line, Results, evaluation_bars, svg, training_figures
 from drama.files import replacing
 
 
@@ -53,16 +53,6 @@ def write_report(run_dir: str | Path) -> Path:
         page = PAGE.format(title=html.escape(name), style=CSS, body="\n".join(parts))
         temporary.write_text(page, encoding="utf-8")
     return target
-
-
-def evaluation_figure(results_json: str | Path, png_path: str | Path) -> Path:
-    """Draw the metrics of every system in an evaluation.json as bars into a PNG.
-
-    Raises:
-        UserError: the file is missing or no evaluation.
-    """
-    save_png(evaluation_bars(_read_results(Path(results_json))), png_path)
-    return Path(png_path)
 
 
 def _read_metrics(path: Path) -> list[Line]:
