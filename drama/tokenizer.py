@@ -38,6 +38,8 @@ def load_tokenizer(path: str | Path) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    tokenizer.backend_tokenizer.no_padding()  # some tokenizer.json files bring both
+    tokenizer.backend_tokenizer.no_truncation()
     _append_eos(tokenizer)
     return tokenizer
 

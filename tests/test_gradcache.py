@@ -76,12 +76,16 @@ def whole_batch_gradient(model_path: Path, ranks: list[dict], attention: str, po
 
 
 @pytest.mark.parametrize(
-    ("attention", "pooling", "num_queries"),
-    [("bidirectional", "last", [6, 9]), ("causal", "mean", [12, 1])],
-    ids=["bidirectional-last", "causal-mean-one-rank-nearly-empty"],
+    ("attention", "pooling", "num_queries", "precision"),
+    [
+        ("bidirectional", "last", [6, 9], "fp32"),
+        ("causal", "mean", [12, 1], "fp32"),
+        ("bidirectional", "last", [6, 9], "bf16"),
+    ],
+    ids=["bidirectional-last", "causal-mean-one-rank-nearly-empty", "bf16"],
 )
 def test_gradients_under_zero_0_to_3_equal_the_whole_batch(
-    tmp_path, attention, pooling, num_queries
+    tmp_path, attention, pooling, num_queries, precision
 ):
     """Two gloo ranks under DeepSpeed's launcher; uneven shares, hard negatives, false negatives."""
     model = tiny_llama(tmp_path / "model")
@@ -96,6 +100,7 @@ def test_gradients_under_zero_0_to_3_equal_the_whole_batch(
         "prefixes": PREFIXES,
         "weights": WEIGHTS,
         "token_budget": 96,
+        "precision": precision,
     }
     (tmp_path / "batch.json").write_text(json.dumps(task))
 
@@ -103,10 +108,14 @@ def test_gradients_under_zero_0_to_3_equal_the_whole_batch(
 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "errors.json").read_text())
-    print({stage: (r["worst"], r["num_chunks"]) for stage, r in report.items()})
+    print({s: (r["worst"], r["whole"], r["num_chunks"]) for s, r in report.items()})
     assert sorted(report) == ["0", "1", "2", "3"]
     for stage, result in report.items():
         assert result["num_chunks"] >= 4, "the batch must be cut, or nothing is proved"
         assert result["num_masked"] > 0, "false negatives must occur, or the mask is not proved"
-        assert abs(result["loss"] - loss) < 1e-5 * abs(loss)
-        assert result["worst"] < 1e-5, f"ZeRO {stage}: {result['errors']}"
+        if precision == "fp32":
+            assert abs(result["loss"] - loss) < 1e-5 * abs(loss)
+            assert result["worst"] < 1e-5, f"ZeRO {stage}: {result['errors']}"
+        else:  # weights and states have 8 bits; a lost chunk or a wrong scale is far beyond this
+            assert abs(result["loss"] - loss) < 0.05 * abs(loss)
+            assert result["whole"] < 0.1, f"ZeRO {stage}: {result['errors']}"

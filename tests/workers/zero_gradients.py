@@ -40,6 +40,7 @@ def main(folder: Path) -> None:
                 config={
                     "train_micro_batch_size_per_gpu": 1,
                     "gradient_clipping": 0.0,
+                    "bf16": {"enabled": task["precision"] == "bf16"},
                     "zero_optimization": {
                         "stage": stage,
                         "stage3_param_persistence_threshold": 0,
@@ -51,16 +52,19 @@ def main(folder: Path) -> None:
                 task["temperature"], tuple(task["prefixes"]), tuple(task["weights"])
             )
             output = GradCache(engine, loss, task["token_budget"]).backward(batch)
-            errors = {}
+            errors, total = {}, 0.0
             for name, parameter in encoder.backbone.named_parameters():
-                grad = safe_get_full_grad(parameter) if stage else parameter.grad
-                want = expected[name]
-                errors[name] = ((grad.double() - want).norm() / want.norm()).item()
+                grad = safe_get_full_grad(parameter)
+                error = (grad.double() - expected[name]).norm().item()
+                errors[name] = error / expected[name].norm().item()
+                total += error**2
+            size = sum(want.norm().item() ** 2 for want in expected.values())
             report[str(stage)] = {
                 "loss": output.loss,
                 "num_chunks": output.num_chunks,
                 "num_masked": output.num_masked,
                 "worst": max(errors.values()),
+                "whole": (total / size) ** 0.5,
                 "errors": errors,
             }
             dist.barrier()
