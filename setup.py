@@ -41,7 +41,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "cuda": ["flash-attn", "liger-kernel", "triton>=3.6"],
+        "cuda": ["flash-attn"],
         "demo": ["gguf>=0.10", "accelerate", "sentence-transformers>=5.3"],
         "dev": [
             "gguf>=0.10",
@@ -52,6 +52,8 @@ setup(
             "ruff==0.17.6",
             "mypy",
             "build",
+            "setuptools>=77",
+            "wheel",
             "types-PyYAML",
         ],
     },

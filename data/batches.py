@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from drama.data.records import Document, Record, document_hash64
+from drama.data.records import Document, Record, content_id, document_hash64
 from drama.data.stream import LaneOrder, ShardSet
 from drama.tokenizer import TextEncoder
 
@@ -30,10 +30,6 @@ class PackedBatch:
     position_ids_T: Tensor
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
-
-    @property
-    def max_seqlen(self) -> int:
-        return max(self.lengths)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         ids, positions, cu = (
@@ -161,16 +157,20 @@ class RankBatches(Dataset[RankBatch]):
             [record.query for record in records], "query", self.max_query_tokens
         )
         texts, cut_documents = self.tokenize(
-            [f"{document.title} {document.text}".strip() for document in documents],
+            [document.full_text for document in documents],
             "document",
             self.max_document_tokens,
         )
-        ids = torch.tensor([document_hash64(d.id) for d in documents], dtype=torch.int64)
-        return RankBatch(queries + texts, len(queries), ids, cut_queries + cut_documents)
+        # by content, not by id: two sources may both call a document "1"
+        ids = [document_hash64(content_id(d.title, d.text)) for d in documents]
+        return RankBatch(
+            queries + texts, len(queries), torch.tensor(ids), cut_queries + cut_documents
+        )
 
     def _draw(self, record: Record, epoch: int, index: int) -> tuple[Document, list[Document]]:
-        generator = np.random.Generator(np.random.PCG64([self.seed, epoch, index]))
-        positive = record.positives[generator.integers(len(record.positives))]
-        count = min(self.hard_negatives, len(record.negatives))
-        chosen = generator.permutation(len(record.negatives))[:count]
+        # raw words, as in LaneOrder: numpy keeps these from version to version
+        seeds = np.random.SeedSequence([self.seed, epoch, index])
+        words = np.random.Philox(seeds).random_raw(1 + len(record.negatives))
+        positive = record.positives[int(words[0]) % len(record.positives)]
+        chosen = np.argsort(words[1:], kind="stable")[: self.hard_negatives]
         return positive, [record.negatives[i] for i in chosen]

@@ -50,6 +50,11 @@ class Document:
         if not self.id:
             object.__setattr__(self, "id", content_id(self.title, self.text))
 
+    @property
+    def full_text(self) -> str:
+        """What is trained on, encoded and indexed: title, a space, text, as BEIR does."""
+        return f"{self.title} {self.text}".strip()
+
     @classmethod
     def from_json(cls, value: Any, where: str = "document") -> Document:
         """Build one from a parsed JSON object. `where` names it in messages ("positives[0]").

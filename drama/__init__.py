@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from drama.encoder import Encoder, RetrieverSettings
     from drama.errors import UserError
-    from drama.export import export
     from drama.recipe import Recipe
     from drama.trainer import train
 
 __version__ = "0.1.0"
-__all__ = ["Encoder", "Recipe", "RetrieverSettings", "UserError", "export", "train"]
+__all__ = ["Encoder", "Recipe", "RetrieverSettings", "UserError", "train"]
 
 _HOMES = {
     "Encoder": "drama.encoder",
     "RetrieverSettings": "drama.encoder",
     "UserError": "drama.errors",
-    "export": "drama.export",
     "Recipe": "drama.recipe",
     "train": "drama.trainer",
 }

@@ -2,7 +2,7 @@
 
     CUDA, flash-attn installed    flash_attn_varlen_func
     CUDA                          torch.nn.attention.varlen (torch >= 2.11; flash attention inside)
-    CPU                           scaled_dot_product_attention, sequence by sequence
+    CPU, and CUDA in float32      scaled_dot_product_attention, sequence by sequence
 
 It is registered with transformers under the name `drama_varlen`, so Hugging Face's own blocks call
 it. Without a packed layout (a padded batch through the model's own `forward`) it is plain SDPA.
@@ -48,10 +48,12 @@ class PackedLayout:
 
 
 @functools.cache
-def backend(device_type: str) -> str:
-    """Name the attention back end of a device type; prints the choice the first time."""
+def backend(device_type: str, dtype: torch.dtype) -> str:
+    """Name the attention back end of a device type and dtype; prints the choice the first time."""
     if device_type != "cuda":
         name, why = "sdpa per sequence", "no varlen kernel for this device"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        name, why = "sdpa per sequence", "the varlen kernels take 16-bit types only"
     elif importlib.util.find_spec("flash_attn") is not None:
         name, why = "flash-attn varlen", "flash_attn is installed"
     else:
@@ -67,7 +69,7 @@ def varlen_attention(
 
     H is a multiple of G. Causal or bidirectional as the layout says.
     """
-    choice = backend(q_THE.device.type)
+    choice = backend(q_THE.device.type, q_THE.dtype)
     if choice == "flash-attn varlen":
         from flash_attn import flash_attn_varlen_func
 

@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole or not there, and only loadable into the run they came from.
 
-    RUN/checkpoints/step-N/state.json    step, world size, and the size of every file, written last
+    RUN/checkpoints/step-N/state.json    step, world size, hashes of what was trained on, and the
+                                         size of every file; written last
                            zero/         DeepSpeed's shards: weights, optimizer, schedule
                            model/        the retriever at this step, ready to use
 
@@ -40,6 +41,7 @@ def full_state_dict(engine: Any, module: torch.nn.Module) -> dict[str, Tensor]:
     for name, parameter in module.named_parameters():
         full = safe_get_full_fp32_param(parameter) if stage or engine.bfloat16_enabled() else None
         if full is None:
+            assert stage < 3, f"{name} is partitioned and cannot be gathered"
             full = parameter
         if engine.global_rank == 0:
             weights[name] = full.detach().to("cpu", torch.float32, copy=True)
@@ -51,13 +53,15 @@ def save(
     folder: Path,
     step: int,
     *,
+    inputs: dict[str, Any],
     keep_last: int,
     write_model: Callable[[Path], None],
 ) -> None:
     """Write `folder/step-N`; every rank must call it.
 
-    `write_model(path)` is called on every rank and writes the retriever on rank 0. Older
-    checkpoints beyond `keep_last` are removed after the new one is whole.
+    `inputs` says what the run reads (hashes), for `load` to compare. `write_model(path)` is called
+    on every rank and writes the retriever on rank 0. Older checkpoints beyond `keep_last` are
+    removed after the new one is whole.
     """
     target, temporary = folder / f"step-{step}", folder / f".step-{step}.partial"
     if engine.global_rank == 0:
@@ -72,6 +76,7 @@ def save(
         state = {
             "step": step,
             "world_size": engine.world_size,
+            "inputs": inputs,
             "files": {str(p.relative_to(temporary)): p.stat().st_size for p in files},
         }
         (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
@@ -113,12 +118,12 @@ def _load_tensors_only(path: str, map_location: Any = None) -> Any:
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
 
 
-def load(engine: Any, checkpoint: Path) -> int:
+def load(engine: Any, checkpoint: Path, inputs: dict[str, Any]) -> int:
     """Load weights, optimizer and schedule; return the number of steps that were done.
 
     Raises:
-        UserError: saved with another number of ranks, or a file that holds more than tensors and
-            plain values.
+        UserError: saved by another number of ranks or from other inputs, or a file that holds more
+            than tensors and plain values.
     """
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     if state["world_size"] != engine.world_size:
@@ -126,8 +131,15 @@ def load(engine: Any, checkpoint: Path) -> int:
             f"{checkpoint} was saved by {state['world_size']} ranks, this run has "
             f"{engine.world_size}; start with --num_gpus {state['world_size']}"
         )
+    for name, value in inputs.items():
+        if state["inputs"].get(name) != value:
+            raise UserError(
+                f"{checkpoint} was trained on another {name} than the recipe's path holds now; "
+                "give another output, or remove the run folder"
+            )
     engine.checkpoint_engine.load = _load_tensors_only
-    engine.load_checkpoint(str(checkpoint), tag="zero")
+    if engine.load_checkpoint(str(checkpoint), tag="zero")[0] is None:
+        raise UserError(f"{checkpoint}/zero: DeepSpeed found nothing to load; remove {checkpoint}")
     return int(state["step"])
 
 

@@ -128,7 +128,7 @@ def verify(shards: Path) -> None:
     """Read every record of a shard folder and compare every checksum."""
     from drama.data.shards import verify as run
 
-    console.print(f"{shards}: {run(shards).num_records:,} records, all sound")
+    console.print(f"{shards}: {run(shards).num_records:,} records, all sound", markup=False)
 
 
 @main.command()
@@ -151,7 +151,7 @@ def export(run: Path, out: Path, architecture: Any, dtype: str, check: bool) -> 
 
     encoder = Encoder.from_pretrained(run / "model" if (run / "model").is_dir() else run)
     write(encoder, out, architecture=architecture, dtype=getattr(torch, dtype))
-    console.print(f"{out}: written")
+    console.print(f"{out}: written", markup=False)
     if check:
         from drama.equality import embedding_differences
 
@@ -262,7 +262,7 @@ def report(run: Path) -> None:
     """Make RUN/report.html: curves of the training and the evaluation, one file."""
     from drama.report import write_report
 
-    console.print(f"{write_report(run)}: open it in a browser")
+    console.print(f"{write_report(run)}: open it in a browser", markup=False)
 
 
 def _bytes(text: str) -> int:

@@ -55,6 +55,7 @@ def run_demo(output: Path, *, llm: Path | None = None, quiet: bool = False) -> d
     output.mkdir(parents=True, exist_ok=True)
     record_path = output / "demo.json"
     record: dict[str, Any] = _read_record(record_path)
+    ran_again = False
     for number, stage in enumerate(stages, 1):
         line = shlex.join(stage.command)
         if record.get(stage.name, {}).get("command") == line:
@@ -65,6 +66,9 @@ def run_demo(output: Path, *, llm: Path | None = None, quiet: bool = False) -> d
             console.rule(
                 f"[bold]{number}/{len(stages)} {stage.name}[/]: {stage.what}", align="left"
             )
+        if stage.name == "train" and ran_again:
+            _forget_training(output)
+        ran_again = True
         start = time.perf_counter()
         _run(stage, output / "logs" if quiet else None)
         # what follows a stage that ran again must run again too
@@ -78,10 +82,10 @@ def run_demo(output: Path, *, llm: Path | None = None, quiet: bool = False) -> d
         console.rule("[bold]done[/]", align="left")
         times = ", ".join(f"{name} {entry['seconds']:.0f}" for name, entry in record.items())
         console.print(f"{seconds:.0f} s in all ({times})")
-        console.print(f"look at {output / 'report.html'}, and ask your own question:")
+        console.print(f"look at {output / 'report.html'}, and ask your own question:", markup=False)
         index = shlex.quote(str(output / "index"))
         question = f'drama search --index {index} "Does vitamin D prevent colds?"'
-        console.print(f"$ {question}", style="cyan", highlight=False, soft_wrap=True)
+        console.print(f"$ {question}", style="cyan", highlight=False, soft_wrap=True, markup=False)
     return {
         "seconds": seconds,
         "stages": record,
@@ -116,7 +120,7 @@ def demo_stages(output: Path, llm: Path) -> list[Stage]:
             "drama", "shard", f"{sample}/pairs.jsonl.xz", "--out", at["shards"],
         ]),
         Stage("train", "DeepSpeed ranks, ZeRO-3, packed batches, gradient cache", [
-            "deepspeed", "--quiet", *ranks, _shown(ROOT / "launchers" / "train.py"), *recipe,
+            "deepspeed", *ranks, _shown(ROOT / "launchers" / "train.py"), *recipe,
         ]),
         Stage("export", "a folder for transformers and sentence-transformers", [
             "drama", "export", str(output), "--out", at["retriever"], "--check",
@@ -159,10 +163,11 @@ def _run(stage: Stage, logs: Path | None) -> None:
     arguments = stage.command[1:]
     if stage.command[0] == "deepspeed" and (port := _other_port()):
         arguments = ["--master_port", str(port), *arguments]
-    command, where = [program, *arguments], "see above"
+    quiet = ["--quiet"] if stage.command[0] == "deepspeed" else []  # not its own log lines
+    command, where = [program, *quiet, *arguments], "see above"
     if logs is None:
         line = shlex.join([stage.command[0], *arguments])
-        console.print(f"$ {line}", style="cyan", highlight=False, soft_wrap=True)
+        console.print(f"$ {line}", style="cyan", highlight=False, soft_wrap=True, markup=False)
         code = subprocess.run(command, env=environment, check=False).returncode
     else:
         logs.mkdir(parents=True, exist_ok=True)
@@ -177,6 +182,14 @@ def _run(stage: Stage, logs: Path | None) -> None:
             f"stage {stage.name} ended with exit code {code} ({where}); mend it and start the demo "
             "again, it goes on with this stage"
         )
+
+
+def _forget_training(output: Path) -> None:
+    """Remove a training on a backbone or shards that have just been made anew."""
+    for name in ("checkpoints", "model", "tensorboard"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "recipe.yaml"):
+        (output / name).unlink(missing_ok=True)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

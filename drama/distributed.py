@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from drama.console import console
 from drama.errors import UserError
 
 if not torch.cuda.is_available():  # else DeepSpeed warns in every process that it found none
@@ -57,6 +61,7 @@ class Ranks:
             device = torch.device("cpu")
             here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+            _prepare_extensions(local_rank)
         try:
             deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
         except (RuntimeError, ValueError) as error:
@@ -70,6 +75,34 @@ class Ranks:
         # nobody leaves before everybody is done: gloo aborts when a peer closes during teardown
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _prepare_extensions(local_rank: int) -> None:
+    """Give DeepSpeed's CPU op a folder of this environment's own and drop a lock that nobody holds.
+
+    DeepSpeed compiles the op on first use. A process killed meanwhile leaves torch's lock file, and
+    every later run would wait for it without a word.
+    """
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    if local_rank != 0 or "TORCH_EXTENSIONS_DIR" not in os.environ:
+        return
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    for lock in folder.glob("*/lock"):
+        if not _is_open(lock):
+            lock.unlink(missing_ok=True)
+    if not list(folder.glob("deepspeed_shm_comm/*.so")):
+        console.print("DeepSpeed compiles its shared-memory op: about 30 s, once")
+
+
+def _is_open(path: Path) -> bool:
+    """Whether any process of this machine holds the file open; torch keeps its lock file open."""
+    target = str(path.resolve())
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(descriptor) == target:
+                return True
+    return False
 
 
 def free_port() -> int:

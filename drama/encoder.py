@@ -74,12 +74,11 @@ class Encoder(nn.Module):
             dtype: of the weights; float32 by default.
 
         Raises:
-            UserError: not a model folder, weights or tokenizer missing, an architecture without
-                Llama-like blocks, or a mask that is not the one that the settings declare.
+            UserError: not a model folder, weights or tokenizer missing, an architecture other than
+                Llama and EuroBERT, or a mask that is not the one that the settings declare.
         """
         folder = Path(path)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: not a model folder (config.json is missing)")
+        _read_config(folder)
         settings = settings or read_settings(folder)
         tokenizer = load_tokenizer(folder)
         try:
@@ -87,19 +86,13 @@ class Encoder(nn.Module):
                 folder,
                 dtype=dtype or torch.float32,
                 attn_implementation=ATTENTION_NAME,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{folder}: the model cannot be loaded: {error}") from error
         if info["missing_keys"]:  # transformers fills them with random numbers
             raise UserError(f"{folder}: weight {min(info['missing_keys'])} is missing")
-        missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb")
-                   if not hasattr(backbone, n)]  # fmt: skip
-        if missing:
-            raise UserError(
-                f"{folder}: architecture {type(backbone).__name__} has no {missing[0]}; "
-                "Llama, Mistral, Qwen2, Qwen3 and EuroBERT models fit"
-            )
         encoder = cls(backbone, tokenizer, settings).to(device or "cpu").eval()
         encoder.check_mask(where=str(folder))
         return encoder
@@ -258,11 +251,7 @@ def read_settings(folder: Path) -> RetrieverSettings:
         UserError: an unknown architecture, a file that is no JSON, or another pooling than last or
             mean.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}/config.json cannot be read: {reason}") from error
+    config = _read_config(folder)
     settings = RetrieverSettings()
     dims = getattr(config, "matryoshka_dimensions", None)
     if dims:
@@ -286,6 +275,26 @@ def read_settings(folder: Path) -> RetrieverSettings:
         document_prefix=prompts.get("document", ""),
         max_tokens=limit or settings.max_tokens,
     )
+
+
+def _read_config(folder: Path) -> Any:
+    """The model's configuration, of an architecture whose blocks `hidden_states` runs exactly.
+
+    Others look alike and are not: a sliding window, a scaled embedding or residual would be left
+    out without a word.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: not a model folder (config.json is missing)")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}/config.json cannot be read: {reason}") from error
+    if config.model_type not in ("llama", "eurobert"):
+        raise UserError(
+            f"{folder}: architecture {config.model_type} is not supported; llama and eurobert are"
+        )
+    return config
 
 
 def _declared_causal(config: Any, folder: Path) -> bool:

@@ -49,7 +49,7 @@ def export(
         state_dict: the backbone's weights when they live elsewhere (sharded training).
 
     Raises:
-        UserError: a causal retriever as eurobert, or a backbone that neither can express.
+        UserError: a causal retriever as eurobert.
     """
     bidirectional = encoder.settings.attention == "bidirectional"
     architecture = architecture or ("eurobert" if bidirectional else "llama")
@@ -76,17 +76,6 @@ def export(
         _write_sentence_transformers(encoder.settings, encoder.dim, folder)
         (folder / "README.md").write_text(_card(encoder, architecture), encoding="utf-8")
     return Path(out)
-
-
-def check_exportable(encoder: Encoder) -> None:
-    """Refuse a backbone that neither Llama nor EuroBERT can express.
-
-    Raises:
-        UserError: another architecture.
-    """
-    model_type = encoder.backbone.config.model_type
-    if model_type not in ("llama", "eurobert"):
-        raise UserError(f"a {model_type} backbone cannot be exported; llama and eurobert can")
 
 
 def _write_config(

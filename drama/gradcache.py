@@ -85,9 +85,13 @@ class GradCache:
         """Backward, then the engine's optimiser and schedule step."""
         output = self.backward(batch)
         start = time.perf_counter()
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        output.grad_norm = float(norm) if norm is not None else 0.0
+        if self.engine.zero_optimization_stage():
+            self.engine.step()
+            output.grad_norm = float(self.engine.get_global_grad_norm())
+        else:  # DeepSpeed measures it only where ZeRO does
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            output.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.engine.step()
         output.seconds["step"] = time.perf_counter() - start
         return output
 

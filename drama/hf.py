@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from drama.errors import UserError
 from drama.files import replacing
+
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "1_Pooling/*.json")
 
 
 def write_rope_keys(folder: str | Path) -> None:
@@ -54,3 +57,20 @@ def build_llama(config: LlamaConfig, state: dict[str, Tensor]) -> LlamaForCausal
     # its buffers are not part of a state dict, so they would stay on the meta device
     model.model.rotary_emb = LlamaRotaryEmbedding(config)
     return model.eval()
+
+
+def model_sha256(folder: str | Path) -> str:
+    """One hash over a model folder's weights, configuration and tokenizer, names included.
+
+    Raises:
+        UserError: no folder there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a model folder")
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _MODEL_FILES for path in folder.glob(pattern)):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return digest.hexdigest()

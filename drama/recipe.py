@@ -21,6 +21,7 @@ from drama.files import replacing
 
 DS_CONFIGS = Path(__file__).parent / "ds_configs"
 Positive = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Strict(BaseModel):
@@ -56,7 +57,9 @@ class LossRecipe(_Strict):
     temperature: Annotated[float, Field(gt=0)] = 0.02
     matryoshka_dims: list[Positive] = []  # ascending, the last one is the model's width
     matryoshka_weights: list[float] = []
-    margin: float | None = None  # cosine; columns above positive + margin are no negatives
+    margin: Annotated[float, Field(ge=0)] | None = (
+        None  # cosine; columns above positive + margin are no negatives
+    )
 
 
 class TrainRecipe(_Strict):
@@ -70,7 +73,7 @@ class TrainRecipe(_Strict):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     grad_clip: Annotated[float, Field(ge=0)] = 1.0  # 0 turns clipping off
     token_budget: Positive = 8192  # tokens a chunk: memory, not mathematics
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -209,6 +212,12 @@ class Recipe(_Strict):
                 f"{self.train.precision}"
             )
         bf16["enabled"] = wanted
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+        if wanted and stage == 0:
+            raise UserError(
+                f"{path}: ZeRO stage 0 in bf16 keeps no float32 weights to export; use zero1, or "
+                "train.precision fp32"
+            )
         if config.get("fp16", {}).get("enabled"):
             raise UserError(f"{path}: fp16 is not supported; use train.precision bf16 or fp32")
         return config

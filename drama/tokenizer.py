@@ -28,7 +28,7 @@ def load_tokenizer(path: str | Path) -> Any:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise UserError(f"{folder}: no tokenizer (tokenizer.json is missing); copy it there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from error
     if not getattr(tokenizer, "is_fast", False):

@@ -6,6 +6,7 @@ RUN/recipe.yaml  metrics.jsonl  checkpoints/step-N/  model/  tensorboard/
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 import time
@@ -17,17 +18,19 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from rich.progress import Progress, TaskID
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from drama import checkpoint
 from drama.console import console, progress
 from drama.data.batches import RankBatch, RankBatches
+from drama.data.manifest import MANIFEST
 from drama.data.stream import LaneOrder, ShardSet
 from drama.distributed import Ranks
 from drama.encoder import Encoder, RetrieverSettings
 from drama.errors import UserError
-from drama.export import check_exportable, export
+from drama.export import export
 from drama.gradcache import GradCache, StepOutput
+from drama.hf import model_sha256
 from drama.loss import ContrastiveLoss
 from drama.metrics import (
     MetricsFile,
@@ -110,7 +113,6 @@ class Trainer:
             max_tokens=max(recipe.data.max_query_tokens, recipe.data.max_document_tokens),
         )
         encoder = Encoder.from_pretrained(recipe.model.path, settings=settings)
-        check_exportable(encoder)  # before the work, not after
         dims = recipe.loss.matryoshka_dims
         if dims and dims[-1] != encoder.dim:
             raise UserError(
@@ -193,7 +195,8 @@ class Trainer:
         if self.ranks.is_main:
             recipe.save(output / "recipe.yaml")
         found = checkpoint.whole_checkpoints(output / "checkpoints")
-        first = checkpoint.load(self.engine, found[-1]) if found else 0
+        inputs = self._inputs()
+        first = checkpoint.load(self.engine, found[-1], inputs) if found else 0
         console.print(self._headline(first))
         metrics = (
             MetricsFile(output / "metrics.jsonl", first_step=first) if self.ranks.is_main else None
@@ -204,6 +207,8 @@ class Trainer:
             for step in range(first, self.num_steps):
                 start = time.perf_counter()
                 batch = next(loader)
+                if isinstance(batch, UserError):
+                    raise batch
                 waited = time.perf_counter() - start
                 output_of_step = self.step_runner.step(batch)
                 line = self._line(step, batch, output_of_step, start, waited)
@@ -216,6 +221,7 @@ class Trainer:
                         self.engine,
                         output / "checkpoints",
                         done,
+                        inputs=inputs,
                         keep_last=recipe.train.keep_last,
                         write_model=self._write_model,
                     )
@@ -224,11 +230,17 @@ class Trainer:
         self._write_model(output / "model")
         return output / "model"
 
-    def _loader(self, first: int) -> Iterator[RankBatch]:
+    def _inputs(self) -> dict[str, Any]:
+        """Hashes of the backbone and the shards: a path may come to hold something else."""
+        model, shards = self.recipe.model.path, self.recipe.data.shards
+        digests = [hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest() for path in shards]
+        return {"backbone": model_sha256(model), "shards": digests}
+
+    def _loader(self, first: int) -> Iterator[RankBatch | UserError]:
         workers = self.recipe.data.workers
         return iter(
             DataLoader(
-                self.batches,
+                _ErrorsAsValues(self.batches),
                 batch_size=None,
                 sampler=range(first, self.num_steps),
                 num_workers=workers,
@@ -311,6 +323,19 @@ class Trainer:
         total = torch.tensor(value, dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(total)
         return total.item()
+
+
+class _ErrorsAsValues(Dataset[RankBatch | UserError]):
+    """Hands a bad record's error over as it is; DataLoader would wrap it in a traceback."""
+
+    def __init__(self, batches: RankBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> RankBatch | UserError:
+        try:
+            return self.batches[step]
+        except UserError as error:
+            return error
 
 
 def _start_worker(worker: int) -> None:

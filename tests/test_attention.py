@@ -85,6 +85,6 @@ def test_views_as_transformers_hands_them_over() -> None:
 
 def test_the_choice_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     backend.cache_clear()
-    assert backend("cpu") == backend("cpu") == "sdpa per sequence"
+    assert backend("cpu", torch.float32) == backend("cpu", torch.float32) == "sdpa per sequence"
     printed = capsys.readouterr().err
     assert printed.count("attention: sdpa per sequence") == 1

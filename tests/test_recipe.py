@@ -289,10 +289,11 @@ def with_json(path: Path, tmp_path: Path, content: Any, *overrides: str) -> Reci
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
 def test_auto_is_filled_in_from_the_recipe(path: Path, name: str) -> None:
+    precision = "fp32" if name == "zero0" else "bf16"  # ZeRO 0 in bf16 is refused
     recipe = Recipe.load(
         path,
         [f"train.deepspeed={name}", "train.batch_size=128", "train.grad_clip=0.5",
-         "train.precision=bf16"],
+         f"train.precision={precision}"],
     )  # fmt: skip
     config = recipe.deepspeed_config(world_size=4)
     assert "auto" not in json.dumps(config)
@@ -300,7 +301,7 @@ def test_auto_is_filled_in_from_the_recipe(path: Path, name: str) -> None:
     assert config["gradient_accumulation_steps"] == 1
     assert config["train_batch_size"] == 128
     assert config["gradient_clipping"] == 0.5
-    assert config["bf16"] == {"enabled": True}
+    assert config["bf16"] == {"enabled": precision == "bf16"}
     assert config["zero_optimization"]["stage"] == int(name[4])
     fp32 = recipe.with_values(train__precision="fp32").deepspeed_config(world_size=1)
     assert fp32["bf16"] == {"enabled": False}

@@ -142,7 +142,8 @@ def test_a_finished_run_goes_on_from_its_checkpoint_alone(world, deepspeed):
     options = [
         "--recipe", str(world / "recipe.yaml"), "--set", "train.schedule=constant",
         "--set", f"train.deepspeed={deepspeed}", "--set", "train.warmup_ratio=0",
-        "--set", "data.workers=0", "--set", "train.precision=bf16",
+        "--set", "data.workers=0",
+        "--set", f"train.precision={'bf16' if deepspeed == 'zero2' else 'fp32'}",
     ]  # fmt: skip
     unbroken, cut = world / f"unbroken-{deepspeed}", world / f"cut-{deepspeed}"
     for run, steps in ((unbroken, 4), (cut, 2)):
@@ -154,6 +155,8 @@ def test_a_finished_run_goes_on_from_its_checkpoint_alone(world, deepspeed):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step 2" in done.stderr
     assert [x["loss"] for x in metrics(cut)] == [x["loss"] for x in metrics(unbroken)]
+    norms = [x["grad_norm"] for x in metrics(unbroken)]
+    np.testing.assert_allclose(norms[0], metrics(world / "whole")[0]["grad_norm"], rtol=0.03)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(world, tmp_path):
@@ -180,6 +183,35 @@ class _Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def test_other_inputs_under_the_same_paths_are_refused(world, tmp_path):
+    """A finished run must not serve the old model as that of a new backbone or of new shards."""
+    for name in ("backbone", "shards"):
+        shutil.copytree(world / name, tmp_path / name)
+    options = [
+        "--recipe", str(world / "recipe.yaml"), "--set", f"output={tmp_path / 'run'}",
+        "--set", f"model.path={tmp_path / 'backbone'}", "--set", "train.steps=2",
+        "--set", f"data.shards=[{tmp_path / 'shards'}]", "--set", "train.deepspeed=zero1",
+    ]  # fmt: skip
+    assert single(*options).returncode == 0
+    tiny_llama(tmp_path / "backbone", seed=1)
+    refused(single(*options), "another backbone", "another output")
+    shutil.copytree(world / "backbone", tmp_path / "backbone", dirs_exist_ok=True)
+    write_shards(islice(read_source(PAIRS), 1, 161), tmp_path / "shards")
+    refused(single(*options), "another shards", "another output")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_record_is_one_line_also_from_a_worker(world, tmp_path, workers):
+    shutil.copytree(world / "shards", tmp_path / "shards")
+    tar = tmp_path / "shards" / "train-000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b'{"query":', b'{"quer":x'))  # same size
+    done = single(
+        "--recipe", str(world / "recipe.yaml"), "--set", f"output={tmp_path / 'run'}",
+        "--set", f"data.shards=[{tmp_path / 'shards'}]", "--set", f"data.workers={workers}",
+    )  # fmt: skip
+    refused(done, "train-000000.tar", "record", "byte", "drama shard")
 
 
 def test_another_number_of_ranks_is_named(world):
@@ -243,6 +275,8 @@ def test_bad_input_ends_before_anything_is_written(world, tmp_path):
     refused(single(*recipe, "--set", f"data.shards=[{tmp_path}]"), "manifest.json")
     refused(single(*recipe, "--set", "loss.matryoshka_dims=[32,48]"), "48", "width 64")
     refused(single(*recipe, "--set", "train.batch_size=800"), "160 records", "800")
+    half = ["--set", "train.precision=bf16", "--set", "train.deepspeed=zero0"]
+    refused(single(*recipe, *half), "stage 0 in bf16", "zero1")
     assert not output.exists()
 
 

@@ -5,10 +5,8 @@ R rows, N tokens per row.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import heapq
-import lzma
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drama.data.lines import read_lines
 from drama.errors import UserError
 
-OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 # characters kept per token wanted: ordinary text has about 4, and 32k tokens are 2 MB
 CHARACTERS_PER_TOKEN = 64
 
@@ -88,26 +86,15 @@ def read_calibration(
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    opener: Any = OPENERS.get(path.suffix, open)
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            lines: list[str] = []
-            for line in file:
-                if line.strip():
-                    lines.append(line)
-                elif lines:
-                    yield "".join(lines).strip()
-                    lines = []
-            if lines:
-                yield "".join(lines).strip()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such calibration text; check the path") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"{path}: the calibration text cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text ({error}); give plain text, or .gz or .xz of it"
-        ) from error
+    lines: list[str] = []
+    for _, line in read_lines(path):
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield "\n".join(lines).strip()
+            lines = []
+    if lines:
+        yield "\n".join(lines).strip()
 
 
 def _draw(path: Path, num_characters: int, seed: int) -> list[str]:

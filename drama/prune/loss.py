@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,26 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from drama.metrics import matmul_rate
+
 
 def pass_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where its matrix products are faster on `device` than float32's.
 
     On CUDA that is known; on a CPU it depends on the instruction set, so a small product is timed
-    in both (a few milliseconds).
+    in both.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return min((torch.float32, torch.bfloat16), key=_matmul_seconds)
-
-
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return max((torch.float32, torch.bfloat16), key=lambda dtype: matmul_rate(device, dtype))
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import bm25s
 import Stemmer
 
 from drama.data.records import Document
-from drama.retrieve.corpus import document_text
 from drama.retrieve.run import Run
 
 K1, B = 1.2, 0.75
@@ -29,7 +28,7 @@ def bm25_run(documents: Sequence[Document], queries: Mapping[str, str], k: int =
         )
 
     run: Run = {query_id: {} for query_id in queries}
-    documents_words = words([document_text(document) for document in documents])
+    documents_words = words([document.full_text for document in documents])
     queries_words = dict(zip(queries, words(list(queries.values())), strict=True))
     askable = {query_id: found for query_id, found in queries_words.items() if found}
     if not any(documents_words) or not askable:

@@ -80,8 +80,3 @@ def read_documents(file: Path) -> Iterator[Document]:
             raise UserError(f"{where}: document '{id_}' stands in the corpus twice")
         seen.add(id_)
         yield Document(text=value["text"], title=title, id=id_)
-
-
-def document_text(document: Document) -> str:
-    """What is encoded and indexed: title and text joined by a space, as BEIR does."""
-    return f"{document.title} {document.text}".strip()

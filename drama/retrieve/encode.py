@@ -26,11 +26,11 @@ from drama.console import console, progress
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.files import replacing
-from drama.retrieve.corpus import Corpus, document_text, read_documents
+from drama.hf import model_sha256
+from drama.retrieve.corpus import Corpus, read_documents
 from drama.retrieve.vectors import (
     Vectors,
     VectorsManifest,
-    model_sha256,
     read_json,
     read_manifest,
     read_vectors,
@@ -94,7 +94,7 @@ def encode_corpus(
     )
     folder = Path(out)
     if _is_done(folder, manifest, overwrite):
-        console.print(f"{folder}: {manifest.rows:,} vectors are there already")
+        console.print(f"{folder}: {manifest.rows:,} vectors are there already", markup=False)
         return read_vectors(folder)
     num_done = _windows_done(folder, manifest, overwrite)
     if num_done is None:
@@ -172,7 +172,9 @@ def _windows_done(folder: Path, manifest: VectorsManifest, overwrite: bool) -> i
             "choose another folder or remove this one"
         )
     num_done: int = state["windows_done"]
-    console.print(f"{folder}: going on after {num_done * manifest.window:,} documents")
+    console.print(
+        f"{folder}: going on after {num_done * manifest.window:,} documents", markup=False
+    )
     return num_done
 
 
@@ -240,7 +242,7 @@ def _token_rows(
     """Yield the token rows of each window after the first `num_skipped`."""
     documents = islice(read_documents(corpus.path), num_skipped * manifest.window, None)
     kind: Kind = "query" if manifest.kind == "query" else "document"
-    while texts := [document_text(document) for document in islice(documents, manifest.window)]:
+    while texts := [document.full_text for document in islice(documents, manifest.window)]:
         yield encoder.tokenize(texts, kind, manifest.max_tokens)
 
 

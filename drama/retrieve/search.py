@@ -9,10 +9,10 @@ from pathlib import Path
 from drama.data.records import Document
 from drama.encoder import Encoder
 from drama.errors import UserError
+from drama.hf import model_sha256
 from drama.retrieve.corpus import read_documents
 from drama.retrieve.encode import load_encoder
 from drama.retrieve.index import Index
-from drama.retrieve.vectors import model_sha256
 
 SNIPPET = 200  # characters
 

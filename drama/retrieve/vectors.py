@@ -10,7 +10,6 @@ N documents, D width.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from drama.files import replacing
 
 FORMAT_VERSION = 1
 BLOCK = 65_536  # rows read at a time
-_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.json", "1_Pooling/*.json")
 
 
 @dataclass(frozen=True)
@@ -177,20 +175,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from None
-
-
-def model_sha256(folder: str | Path) -> str:
-    """One hash over a model folder's weights, configuration and tokenizer, names included.
-
-    Raises:
-        UserError: no folder there.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: not a model folder")
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern)):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(folder)} {content}\n".encode())
-    return digest.hexdigest()

@@ -96,19 +96,15 @@ def test_too_short_names_the_numbers(text_file: Path, tokenizer: PreTrainedToken
 
 
 def test_bad_files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"none\.txt: no such calibration text"):
+    with pytest.raises(UserError, match=r"cannot read .*none\.txt: No such file"):
         read(tmp_path / "none.txt", tokenizer)
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(UserError, match=r"binary\.txt: not UTF-8"):
+    with pytest.raises(UserError, match=r"binary\.txt:1: invalid UTF-8"):
         read(binary, tokenizer)
-    for name in ("cut.gz", "cut.xz"):
-        (tmp_path / name).write_bytes(b"not compressed at all")
-        with pytest.raises(UserError, match=rf"{name}: the calibration text cannot be read"):
-            read(tmp_path / name, tokenizer)
     truncated = tmp_path / "truncated.gz"
     truncated.write_bytes(gzip.compress(b"w5 w6\n\n" * 1000)[:-12])
-    with pytest.raises(UserError, match=r"truncated\.gz: the calibration text cannot be read"):
+    with pytest.raises(UserError, match=r"truncated\.gz: the compressed file is cut or damaged"):
         read(truncated, tokenizer)
     with pytest.raises(UserError, match="calibration tokens: 0"):
         read(binary, tokenizer, 0)
