@@ -210,6 +210,16 @@ def calibration(
     return "\n\n".join(chosen) + "\n"
 
 
+def wikipedia_titles(data: Path, kept: set[str]) -> str:
+    """Titles of the articles that kept paragraphs are from; page histories name the authors."""
+    titles = [
+        row["title"]
+        for _, row in read_objects(data / "text/wikipedia-en-sample/articles.jsonl.xz")
+        if any(" ".join(part.split()) in kept for part in row["text"].split("\n\n"))
+    ]
+    return "".join(f"{title}\n" for title in titles)
+
+
 def write(path: Path, text: str) -> None:
     """Write text, packed as the name says."""
     data = text.encode()
@@ -249,7 +259,9 @@ def main(data: Path) -> None:
     )
     (OUT / "scifact/qrels").mkdir(exist_ok=True)
     shutil.copyfile(scifact / "qrels/test.tsv", OUT / "scifact/qrels/test.tsv")
-    write(OUT / "calibration.txt.gz", calibration(data, rows, pairs, random.Random(SEED)))
+    text = calibration(data, rows, pairs, random.Random(SEED))
+    write(OUT / "calibration.txt.gz", text)
+    write(OUT / "wikipedia-titles.txt", wikipedia_titles(data, set(text.strip().split("\n\n"))))
 
 
 if __name__ == "__main__":
