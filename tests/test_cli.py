@@ -248,7 +248,7 @@ def test_calibration_text_is_read_before_the_weights(here: Path) -> None:
     )
     assert result.exit_code == 2
     error = result.stderr.splitlines()[-1]  # below the plan
-    assert error == "drama: error: gone.txt: no such calibration text; check the path"
+    assert error == "drama: error: cannot read gone.txt: No such file or directory"
     assert contents(here) == before
 
 
