@@ -68,7 +68,15 @@ class TextEncoder:
     def __call__(
         self, texts: Sequence[str], kind: Kind, max_tokens: int
     ) -> tuple[list[list[int]], int]:
-        """Return ids per text, at most `max_tokens` long with EOS last, and how many were cut."""
+        """Return ids per text, at most `max_tokens` long with EOS last, and how many were cut.
+
+        Raises:
+            UserError: one string instead of several, or a kind other than query and document.
+        """
+        if isinstance(texts, str):
+            raise UserError("texts is one string; give a list of texts")
+        if kind not in ("query", "document"):
+            raise UserError(f"kind '{kind}' must be query or document")
         prefix = self.query_prefix if kind == "query" else self.document_prefix
         eos = self.tokenizer.eos_token_id
         rows, num_cut = [], 0

@@ -55,6 +55,14 @@ def test_prefixes_and_cut_texts(tmp_path):
     assert encode.tokenizer.decode(encode(["ab"], "document", 9)[0][0]) == "<s>d: ab</s>"
 
 
+def test_a_lost_prefix_or_a_text_taken_apart_is_refused(tmp_path):
+    encode = TextEncoder(saved(tmp_path))
+    with pytest.raises(UserError, match="'queries' must be query or document"):
+        encode(["ab"], "queries", 9)
+    with pytest.raises(UserError, match="give a list of texts"):
+        encode("ab", "query", 9)
+
+
 def test_an_empty_text_is_eos_alone(tmp_path):
     rows, _ = TextEncoder(saved(tmp_path))([""], "document", 9)
     assert rows == [[2]]
