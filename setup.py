@@ -49,6 +49,7 @@ setup(
             "sentence-transformers>=5.3",
             "pytest>=8",
             "hypothesis",
+            "triton>=3.6; platform_system == 'Linux'",
             "ruff==0.17.6",
             "mypy",
             "build",

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drama.distributed import free_port
@@ -70,4 +71,35 @@ def run_deepspeed(
     environment = os.environ | {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )
+
+
+class ContrastiveBatch(NamedTuple):
+    """Vectors as after training, with duplicates: what `contrastive_batch` makes."""
+
+    q_BD: Tensor
+    k_ND: Tensor
+    positive_B: Tensor
+    ids_N: Tensor
+
+
+def contrastive_batch(
+    num_rows: int,
+    num_columns: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> ContrastiveBatch:
+    """Unnormalised queries whose positive has a cosine near 0.67, and documents of which two share
+    an id on average; positives are drawn without repetition."""
+    generator = torch.Generator().manual_seed(seed)
+    k_ND = torch.randn(num_columns, width, generator=generator)
+    positive_B = torch.randperm(num_columns, generator=generator)[:num_rows]
+    noise_BD = torch.randn(num_rows, width, generator=generator)
+    q_BD = (k_ND[positive_B] + 1.1 * noise_BD) * 3.0
+    ids_N = torch.randint(0, max(2, num_columns // 2), (num_columns,), generator=generator)
+    return ContrastiveBatch(
+        q_BD.to(device, dtype), k_ND.to(device, dtype), positive_B.to(device), ids_N.to(device)
     )

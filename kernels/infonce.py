@@ -1,4 +1,4 @@
-"""InfoNCE without the matrix: exact loss and gradients in row chunks, all prefixes at once.
+"""InfoNCE without the matrix: exact loss and gradients, all Matryoshka prefixes at once.
 
 For prefix p of width d_p, with row norms a = |q[:d_p]| and column norms b = |k[:d_p]|:
 
@@ -6,43 +6,43 @@ For prefix p of width d_p, with row norms a = |q[:d_p]| and column norms b = |k[
     loss = mean_i sum_p w_p (logsumexp_j z_ij - z_i,pos(i))
     G    = w_p / B (softmax(z) - onehot)                          masked columns have G = 0
 
-The chunk's product is accumulated segment by segment, so prefix p is read when the first p segments
-are in. With Gs_p = G_p / (a_p b_p temperature) and H_j = sum_{p >= j} Gs_p, segment j of the
-gradient is
+The product is accumulated segment by segment, so prefix p is read when the first p segments are in.
+With Gs_p = G_p / (a_p b_p temperature) and H_j = sum_{p >= j} Gs_p, segment j of the gradient is
 
     dq = H_j  k_segment - q_segment sum_{p >= j} rowsum(G_p z_p) / a_p^2      (and the same for dk)
 
-All prefixes therefore cost the three GEMMs of the widest one (2*B*N*D FLOP each). The gradient is
-formed in the forward pass and only scaled in the backward pass. Work buffers are (P + 2) * chunk
-* N elements of the accumulation dtype; nothing of size B * N is ever made. Accumulation and softmax
-are float32 (float64 for float64 inputs): logits are never rounded to a narrower type before exp.
+All prefixes therefore cost the three GEMMs of the widest one (2*B*N*D FLOP each; four with
+`symmetric`). The gradient is formed in the forward pass and only scaled in the backward pass, so
+the backward pass saves the gradients themselves, B*D + N*D elements of the inputs' dtypes.
+Accumulation and softmax are float32 (float64 for float64 inputs): logits are never rounded to a
+narrower type before exp.
 
-B queries, C rows of one chunk, N documents (columns), D width, P prefixes.
+Back ends, chosen in `choose_backend` and nowhere else:
+
+    triton     CUDA and ROCm: infonce_triton.py
+    torch      row chunks on any device: infonce_torch.py; work memory is constant
+    plain      the whole matrix: infonce_plain.py; faster where it is small
+    reference  the whole matrix by autograd in float64: infonce_reference.py
+
+B queries, N documents (columns), D width, P prefixes.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-WORK_ELEMENTS = 2**25  # of the work buffers together: 128 MiB in float32
+from drama.kernels import infonce_plain, infonce_torch
+from drama.kernels.infonce_problem import Evaluation, Problem, owners
+from drama.kernels.infonce_reference import InfoNCEOutput, infonce_reference
 
-
-class InfoNCEOutput(NamedTuple):
-    """What `infonce` returns; only `loss` carries a gradient.
-
-    loss: 0-dim. loss_P: unweighted mean cross-entropy per prefix. lse_PB: logsumexp per row.
-    positive_score_PB: cosine of the positive. num_masked_B: columns left out at the widest prefix.
-    """
-
-    loss: Tensor
-    loss_P: Tensor
-    lse_PB: Tensor
-    positive_score_PB: Tensor
-    num_masked_B: Tensor
+Backend = Literal["auto", "triton", "torch", "plain", "reference"]
+BACKENDS = ("auto", "triton", "torch", "plain", "reference")
+PLAIN_ELEMENTS = 2**18  # up to so many logits the plain matrix is faster (benchmarks/kernels.csv)
 
 
 def infonce(
@@ -50,172 +50,262 @@ def infonce(
     k_ND: Tensor,
     positive_B: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     prefixes: Sequence[int] | None = None,
     prefix_weights: Sequence[float] | None = None,
     k_ids_N: Tensor | None = None,
     margin: float | None = None,
+    own_negatives: bool | Tensor = False,
+    symmetric: bool = False,
+    backend: Backend = "auto",
 ) -> InfoNCEOutput:
-    """Contrastive loss of B queries against N documents, cosine similarity.
+    """Contrastive loss of B queries against N documents, cosine similarity (DRAMA section 3.1).
 
     Args:
-        q_BD, k_ND: unnormalised, any float dtype, same device.
+        q_BD, k_ND: unnormalised, any float dtype and strides, same device.
         positive_B: int64, the column of each row's positive.
-        temperature: logits are cosine / temperature.
+        temperature: logits are cosine / temperature; a 0-dim tensor gets its gradient too.
         prefixes: Matryoshka widths, ascending, at most D; default (D,).
         prefix_weights: one factor per prefix; default 1.
         k_ids_N: int64 document ids; columns other than the positive that carry the positive's id
             are no negatives.
-        margin: in cosine; columns scoring above positive + margin are no negatives.
+        margin: in cosine; columns scoring above positive + margin are no negatives. The positive
+            is never left out.
+        own_negatives: columns that are no row's positive count for their own row only. True: they
+            belong to the row of the nearest positive before them, as where documents are laid out
+            row by row, positive first (any number of negatives each). An int64 tensor [N] says it
+            outright: the row's number, or -1 for a column that counts for every row.
+        symmetric: mean of this loss and of the same in the other direction: each positive is to
+            find its row among the rows that it is a negative for. What is left out of the rows is
+            left out of the columns too, and so is another row with the same positive.
+        backend: "auto" chooses by device and size.
+
+    A row with nothing but its positive has loss 0 and gradient 0.
 
     Raises:
-        ValueError: shapes or prefixes that do not fit.
+        ValueError: shapes, dtypes or prefixes that do not fit, an unknown or absent back end.
     """
-    widths = _checked_prefixes(q_BD, k_ND, positive_B, prefixes)
-    weights = tuple(prefix_weights or [1.0] * len(widths))
+    widths = _check(q_BD, k_ND, positive_B, k_ids_N, prefixes)
+    weights = tuple(float(w) for w in prefix_weights or [1.0] * len(widths))
     if len(weights) != len(widths):
         raise ValueError(f"{len(weights)} prefix weights for {len(widths)} prefixes")
-    return InfoNCEOutput(
-        *_InfoNCE.apply(q_BD, k_ND, positive_B, temperature, widths, weights, k_ids_N, margin)
-    )
+    if isinstance(temperature, Tensor):
+        if temperature.ndim:
+            raise ValueError(f"temperature has shape {tuple(temperature.shape)}, expected a scalar")
+    elif not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected a number above 0")
+    if isinstance(own_negatives, Tensor) and own_negatives.shape != k_ND.shape[:1]:
+        raise ValueError(
+            f"own_negatives has shape {tuple(own_negatives.shape)}, expected [{len(k_ND)}]"
+        )
+    chosen = choose_backend(backend, q_BD, len(k_ND))
+    if chosen == "reference":
+        with torch.autocast(q_BD.device.type, enabled=False):
+            return infonce_reference(
+                *(q_BD.double(), k_ND.double(), positive_B),
+                temperature=temperature,
+                prefixes=widths,
+                prefix_weights=weights,
+                k_ids_N=k_ids_N,
+                margin=margin,
+                own_negatives=own_negatives,
+                symmetric=symmetric,
+            )
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), temperature, dtype=_accumulation_dtype(q_BD)).to(q_BD.device)
+    owner_N = None
+    if own_negatives is not False:
+        owner_N = owners(positive_B, len(k_ND)) if own_negatives is True else own_negatives
+    inputs = (q_BD, k_ND, temperature)
+    with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    options = (widths, weights, k_ids_N, margin, owner_N, symmetric, chosen, with_gradient)
+    if torch.compiler.is_compiling():
+        return InfoNCEOutput(*_infonce(q_BD, k_ND, positive_B, temperature, *options)[:5])
+    # not the operator: for a small matrix its bookkeeping costs more than the matrix
+    statistics: list[Tensor] = []
+    loss = _Eager.apply(q_BD, k_ND, positive_B, temperature, options, statistics)
+    return InfoNCEOutput(loss, *statistics)
 
 
-def _checked_prefixes(
-    q_BD: Tensor, k_ND: Tensor, positive_B: Tensor, prefixes: Sequence[int] | None
+def choose_backend(backend: Backend, q_BD: Tensor, num_columns: int) -> str:
+    """The back end that `backend` means for these inputs; "auto" is settled here.
+
+    Raises:
+        ValueError: an unknown back end, or "triton" where Triton is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    if backend == "triton" and not _has_triton():
+        raise ValueError("backend 'triton' needs the package triton, which is not installed")
+    if backend != "auto":
+        return backend
+    if len(q_BD) * num_columns <= PLAIN_ELEMENTS:
+        return "plain"
+    on_gpu = q_BD.device.type == "cuda" and q_BD.dtype != torch.float64
+    return "triton" if on_gpu and _has_triton() else "torch"
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(
+    q_BD: Tensor,
+    k_ND: Tensor,
+    positive_B: Tensor,
+    k_ids_N: Tensor | None,
+    prefixes: Sequence[int] | None,
 ) -> tuple[int, ...]:
     if q_BD.ndim != 2 or k_ND.ndim != 2 or q_BD.shape[1] != k_ND.shape[1]:
         raise ValueError(f"q {tuple(q_BD.shape)} and k {tuple(k_ND.shape)} must be [B, D], [N, D]")
-    if positive_B.shape != q_BD.shape[:1]:
-        raise ValueError(f"positive has shape {tuple(positive_B.shape)}, expected [{len(q_BD)}]")
+    if not q_BD.numel() or not k_ND.numel():
+        raise ValueError(f"q {tuple(q_BD.shape)} and k {tuple(k_ND.shape)} must not be empty")
+    if not q_BD.is_floating_point() or q_BD.dtype != k_ND.dtype:
+        raise ValueError(f"q is {q_BD.dtype} and k {k_ND.dtype}; both must be of one float type")
+    if positive_B.shape != q_BD.shape[:1] or positive_B.dtype != torch.int64:
+        raise ValueError(
+            f"positive is {positive_B.dtype} of shape {tuple(positive_B.shape)}, expected "
+            f"int64 [{len(q_BD)}]"
+        )
+    if k_ids_N is not None and k_ids_N.shape != k_ND.shape[:1]:
+        raise ValueError(f"k_ids has shape {tuple(k_ids_N.shape)}, expected [{len(k_ND)}]")
     widths = tuple(prefixes or [q_BD.shape[1]])
     if list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] > q_BD.shape[1]:
         raise ValueError(f"prefixes {widths} must ascend within 1..{q_BD.shape[1]}")
     return widths
 
 
-class _InfoNCE(torch.autograd.Function):
+def _run(
+    q_BD: Tensor,
+    k_ND: Tensor,
+    positive_B: Tensor,
+    temperature: Tensor,
+    widths: Sequence[int],
+    weights: Sequence[float],
+    k_ids_N: Tensor | None,
+    margin: float | None,
+    owner_N: Tensor | None,
+    symmetric: bool,
+    backend: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fields of `InfoNCEOutput`, then dq, dk and dtemperature of the loss or empty tensors."""
+    problem = Problem(
+        *(q_BD, k_ND, positive_B, temperature.to(_accumulation_dtype(q_BD))),
+        *(tuple(widths), tuple(weights), k_ids_N, margin, owner_N, symmetric),
+    )
+    with torch.autocast(q_BD.device.type, enabled=False):
+        done = _evaluate(problem, backend, with_gradient=with_gradient)
+        loss_P = done.loss_PB.mean(1)
+        plain_sum = set(weights) == {1.0}
+        loss = loss_P.sum() if plain_sum else loss_P @ loss_P.new_tensor(weights)
+    inputs = (q_BD, k_ND, temperature)
+    gradients = (done.dq_BD, done.dk_ND, done.dtemperature) if with_gradient else (q_BD[:0],) * 3
+    dq_BD, dk_ND, dtemperature = (
+        grad.to(x.dtype) if with_gradient else x.new_empty(0)
+        for grad, x in zip(gradients, inputs, strict=True)
+    )
+    statistics = (loss_P, done.lse_PB, done.positive_score_PB, done.num_masked_B)
+    return (loss, *statistics, dq_BD, dk_ND, dtemperature)
+
+
+def _evaluate(problem: Problem, backend: str, *, with_gradient: bool) -> Evaluation:
+    if backend != "triton":
+        module = infonce_plain if backend == "plain" else infonce_torch
+        return module.evaluate(problem, with_gradient=with_gradient)
+    from drama.kernels import infonce_triton  # needs triton
+
+    return infonce_triton.evaluate(problem, with_gradient=with_gradient)
+
+
+def _scale(
+    gradients: Sequence[Tensor], grad_loss: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of q, k and temperature, each in its input's dtype, where needed."""
+    return [
+        g * (grad_loss if g.dtype == grad_loss.dtype else grad_loss.to(g.dtype)) if wanted else None
+        for g, wanted in zip(gradients, needed, strict=True)
+    ]
+
+
+class _Eager(torch.autograd.Function):
+    """`_run` with the loss as its only output; the statistics are appended to a list."""
+
     @staticmethod
     def forward(
         ctx: Any,
         q_BD: Tensor,
         k_ND: Tensor,
         positive_B: Tensor,
-        temperature: float,
-        widths: tuple[int, ...],
-        weights: tuple[float, ...],
-        k_ids_N: Tensor | None,
-        margin: float | None,
-    ) -> tuple[Tensor, ...]:
-        with torch.autocast(q_BD.device.type, enabled=False):
-            output, dq_BD, dk_ND = _chunked(
-                q_BD,
-                k_ND,
-                positive_B,
-                temperature,
-                widths,
-                weights,
-                k_ids_N,
-                margin,
-                with_gradient=any(ctx.needs_input_grad[:2]),
-            )
-        if dq_BD is not None and dk_ND is not None:
-            ctx.save_for_backward(dq_BD.to(q_BD.dtype), dk_ND.to(k_ND.dtype))
-        ctx.mark_non_differentiable(*output[1:])
-        return output
+        temperature: Tensor,
+        options: tuple[Any, ...],
+        statistics: list[Tensor],
+    ) -> Tensor:
+        output = _run(q_BD, k_ND, positive_B, temperature, *options)
+        statistics += output[1:5]
+        ctx.save_for_backward(*output[5:])
+        return output[0]
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dq_BD, dk_ND = ctx.saved_tensors
-        return (dq_BD * grad_loss, dk_ND * grad_loss, *[None] * 6)
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        needed = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])
+        dq_BD, dk_ND, dtemperature = _scale(ctx.saved_tensors, grad_loss, needed)
+        return dq_BD, dk_ND, None, dtemperature, None, None
 
 
-def _chunked(
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[5:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    dq_BD, dk_ND, dtemperature = _scale(ctx.saved_tensors, grad_loss, (True, True, True))
+    return (dq_BD, dk_ND, None, dtemperature, *[None] * 8)
+
+
+@torch.library.custom_op("drama::infonce", mutates_args=())
+def _infonce(
     q_BD: Tensor,
     k_ND: Tensor,
     positive_B: Tensor,
-    temperature: float,
-    widths: tuple[int, ...],
-    weights: tuple[float, ...],
+    temperature: Tensor,
+    widths: Sequence[int],
+    weights: Sequence[float],
     k_ids_N: Tensor | None,
     margin: float | None,
-    *,
+    owner_N: Tensor | None,
+    symmetric: bool,
+    backend: str,
     with_gradient: bool,
-) -> tuple[InfoNCEOutput, Tensor | None, Tensor | None]:
-    dtype = torch.float64 if q_BD.dtype == torch.float64 else torch.float32
-    q_BD, k_ND = q_BD.detach().to(dtype), k_ND.detach().to(dtype)
-    num_rows, num_columns, num_prefixes = len(q_BD), len(k_ND), len(widths)
-    starts = (0, *widths[:-1])
-    tiny = torch.finfo(dtype).tiny
-    # inverse norms; a zero vector has cosine 0 with everything
-    ia_PB, ib_PN = (
-        torch.stack([1 / x[:, :d].norm(dim=1).clamp_min(tiny**0.5) for d in widths])
-        for x in (q_BD, k_ND)
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_run` for torch.compile, which wants outputs that share no memory."""
+    options = (widths, weights, k_ids_N, margin, owner_N, symmetric, backend, with_gradient)
+    output = _run(q_BD, k_ND, positive_B, temperature, *options)
+    loss, loss_P, lse, score, masked, dq, dk, dt = map(_alone, output)
+    return loss, loss_P, lse, score, masked, dq, dk, dt
 
-    lse_PB, score_PB, loss_PB = q_BD.new_empty(3, num_prefixes, num_rows)
-    num_masked_B = torch.zeros(num_rows, dtype=torch.int64, device=q_BD.device)
-    dq_BD = torch.zeros_like(q_BD) if with_gradient else None
-    dk_ND = torch.zeros_like(k_ND) if with_gradient else None
-    column_PN = q_BD.new_zeros(num_prefixes, num_columns)
 
-    chunk = max(1, min(num_rows, WORK_ELEMENTS // ((num_prefixes + 2) * num_columns)))
-    acc_buffer, exp_buffer = q_BD.new_empty(2, chunk, num_columns)
-    grad_buffer = q_BD.new_empty(num_prefixes if with_gradient else 1, chunk, num_columns)
-    for first in range(0, num_rows, chunk):
-        rows = slice(first, min(first + chunk, num_rows))
-        q_CD, positive_C = q_BD[rows], positive_B[rows]
-        size = len(q_CD)
-        index_C1 = positive_C[:, None]
-        acc_CN, exp_CN = acc_buffer[:size].zero_(), exp_buffer[:size]
-        same_CN = None if k_ids_N is None else k_ids_N[None, :] == k_ids_N[index_C1]
-        row_PC = q_BD.new_zeros(num_prefixes, size)
-        for p, (start, end) in enumerate(zip(starts, widths, strict=True)):
-            acc_CN.addmm_(q_CD[:, start:end], k_ND[:, start:end].T)
-            z_CN = grad_buffer[p if with_gradient else 0, :size]
-            torch.mul(acc_CN, ib_PN[p] / temperature, out=z_CN)
-            z_CN *= ia_PB[p, rows, None]
-            positive_z_C1 = z_CN.gather(1, index_C1)
-            masked_CN = same_CN
-            if margin is not None:
-                above_CN = z_CN > positive_z_C1 + margin / temperature
-                masked_CN = above_CN if same_CN is None else above_CN | same_CN
-            if masked_CN is not None:
-                masked_CN.scatter_(1, index_C1, False)
-                z_CN.masked_fill_(masked_CN, torch.finfo(dtype).min / 4)  # finite: 0 * z stays 0
-                num_masked_B[rows] = masked_CN.sum(1)
-            score_PB[p, rows] = positive_z_C1[:, 0] * temperature
-            top_C1 = z_CN.amax(1, keepdim=True)
-            torch.sub(z_CN, top_C1, out=exp_CN)
-            sum_C1 = exp_CN.exp_().sum(1, keepdim=True)
-            lse_PB[p, rows] = (top_C1 + sum_C1.log())[:, 0]
-            # not lse - z: at low temperatures both are large and a solved row's loss is small
-            loss_PB[p, rows] = (top_C1 - positive_z_C1 + sum_C1.log())[:, 0]
-            if not with_gradient:
-                continue
-            exp_CN /= sum_C1
-            exp_CN.scatter_add_(1, index_C1, exp_CN.new_full((1, 1), -1.0).expand(size, 1))
-            exp_CN *= weights[p] / num_rows
-            z_CN *= exp_CN
-            row_PC[p] = z_CN.sum(1)
-            column_PN[p] += z_CN.sum(0)
-            torch.mul(exp_CN, ib_PN[p] / temperature, out=z_CN)
-            z_CN *= ia_PB[p, rows, None]
-        if dq_BD is None or dk_ND is None:
-            continue
-        for p in reversed(range(num_prefixes)):
-            segment = slice(starts[p], widths[p])
-            if p + 1 < num_prefixes:
-                grad_buffer[p, :size] += grad_buffer[p + 1, :size]
-            h_CN = grad_buffer[p, :size]
-            pull_C1 = (row_PC[p:] * ia_PB[p:, rows] ** 2).sum(0)[:, None]
-            dq_BD[rows, segment] = h_CN @ k_ND[:, segment] - pull_C1 * q_CD[:, segment]
-            dk_ND[:, segment].addmm_(h_CN.T, q_CD[:, segment])
-    if dk_ND is not None:
-        for p in range(num_prefixes):
-            segment = slice(starts[p], widths[p])
-            pull_N1 = (column_PN[p:] * ib_PN[p:] ** 2).sum(0)[:, None]
-            dk_ND[:, segment] -= pull_N1 * k_ND[:, segment]
+def _alone(x: Tensor) -> Tensor:
+    whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if whole else x.clone()
 
-    loss_P = loss_PB.mean(1)
-    loss = (loss_P * loss_P.new_tensor(weights)).sum()
-    return InfoNCEOutput(loss, loss_P, lse_PB, score_PB, num_masked_B), dq_BD, dk_ND
+
+_infonce.register_autograd(_backward, setup_context=_save)
+
+
+@_infonce.register_fake
+def _(
+    q_BD: Tensor, k_ND: Tensor, positive_B: Tensor, temperature: Tensor, widths: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    dtype, with_gradient = _accumulation_dtype(q_BD), rest[-1]
+    num_rows, num_prefixes = len(q_BD), len(widths)
+    statistics = [
+        q_BD.new_empty(shape, dtype=dtype)
+        for shape in ((), (num_prefixes,), (num_prefixes, num_rows), (num_prefixes, num_rows))
+    ]
+    gradients = [x.new_empty(x.shape if with_gradient else 0) for x in (q_BD, k_ND, temperature)]
+    return (*statistics, positive_B.new_empty(num_rows), *gradients)

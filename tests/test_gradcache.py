@@ -62,7 +62,7 @@ def whole_batch_gradient(model_path: Path, ranks: list[dict], attention: str, po
         positive += [len(documents) + i for i in range(rank["num_queries"])]
         documents += rank["rows"][rank["num_queries"] :]
         ids += rank["document_ids"]
-    loss, _ = infonce_reference(
+    loss = infonce_reference(
         vectors(queries),
         vectors(documents),
         torch.tensor(positive),
@@ -70,7 +70,7 @@ def whole_batch_gradient(model_path: Path, ranks: list[dict], attention: str, po
         prefixes=PREFIXES,
         prefix_weights=WEIGHTS,
         k_ids_N=torch.tensor(ids),
-    )
+    ).loss
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 

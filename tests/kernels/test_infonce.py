@@ -5,33 +5,37 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drama.kernels import infonce as module
-from drama.kernels.infonce import infonce
+from drama.kernels import infonce as facade
+from drama.kernels import infonce_torch
+from drama.kernels.infonce import choose_backend, infonce
 from drama.kernels.infonce_reference import infonce_reference
+from drama.testing import contrastive_batch
+
+BACKENDS = ["torch", "plain"]
+RULES = {
+    "nothing left out": {},
+    "margin": {"margin": 0.1},
+    "own negatives": {"own_negatives": True},
+    "symmetric": {"symmetric": True},
+    "all": {"margin": 0.05, "own_negatives": True, "symmetric": True},
+}
 
 
-def trained_like(rows: int, columns: int, width: int, dtype: torch.dtype, seed: int = 0):
-    """Queries whose positive has a cosine near 0.67, as after training; ids with duplicates."""
-    generator = torch.Generator().manual_seed(seed)
-    k_ND = torch.randn(columns, width, generator=generator)
-    positive_B = torch.randperm(columns, generator=generator)[:rows]
-    noise_BD = torch.randn(rows, width, generator=generator)
-    q_BD = (k_ND[positive_B] + 1.1 * noise_BD) * 3.0
-    ids_N = torch.randint(0, max(2, columns // 2), (columns,), generator=generator)
-    return q_BD.to(dtype), k_ND.to(dtype), positive_B, ids_N
-
-
-def gradients(function, q_BD, k_ND, positive_B, **options):
-    q_BD, k_ND = (x.detach().clone().requires_grad_() for x in (q_BD, k_ND))
-    output = function(q_BD, k_ND, positive_B, **options)
-    return output[0].detach(), *torch.autograd.grad(output[0], (q_BD, k_ND))
+def gradients(function, q_BD, k_ND, positive_B, *, temperature, **options):
+    """Loss, then the gradients of q, k and temperature."""
+    inputs = [x.detach().clone().requires_grad_() for x in (q_BD, k_ND)]
+    wide = torch.promote_types(q_BD.dtype, torch.float32)
+    inputs.append(torch.tensor(temperature, dtype=wide, requires_grad=True))
+    loss = function(*inputs[:2], positive_B, temperature=inputs[2], **options)[0]
+    return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=60)
 @given(
     rows=st.integers(1, 40),
     extra=st.integers(0, 60),
@@ -39,116 +43,252 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     chunk=st.integers(1, 50),
     data=st.data(),
 )
-def test_float64_equals_autograd(rows, extra, width, chunk, data):
+def test_float64_equals_autograd(backend, rows, extra, width, chunk, data):
+    """Every rule with every other; shapes, widths, weights and chunks as they come."""
     prefixes = sorted(data.draw(st.sets(st.integers(1, width), min_size=1, max_size=4)))
     weights = [data.draw(st.floats(0.1, 2.0)) for _ in prefixes]
-    q_BD, k_ND, positive_B, ids_N = trained_like(rows, rows + extra, width, torch.float64)
+    batch = contrastive_batch(rows, rows + extra, width, dtype=torch.float64)
+    if data.draw(st.booleans()):  # several rows with the same positive
+        batch.positive_B[: rows // 2] = batch.positive_B[-1]
+    owners = torch.randint(-1, rows, (rows + extra,), generator=torch.Generator().manual_seed(1))
     options = {
         "temperature": data.draw(st.sampled_from([0.01, 0.05, 0.1])),
         "prefixes": prefixes,
         "prefix_weights": weights,
-        "k_ids_N": ids_N if data.draw(st.booleans()) else None,
+        "k_ids_N": batch.ids_N if data.draw(st.booleans()) else None,
         "margin": data.draw(st.sampled_from([None, 0.1])),
+        "own_negatives": data.draw(st.sampled_from([False, True, owners])),
+        "symmetric": data.draw(st.booleans()),
     }
+    inputs = (batch.q_BD, batch.k_ND, batch.positive_B)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "WORK_ELEMENTS", (len(prefixes) + 2) * len(k_ND) * chunk)
-        got = gradients(infonce, q_BD, k_ND, positive_B, **options)
-    want = gradients(infonce_reference, q_BD, k_ND, positive_B, **options)
+        patch.setattr(infonce_torch, "WORK_ELEMENTS", 3 * len(batch.k_ND) * chunk)
+        got = gradients(infonce, *inputs, **options, backend=backend)
+        statistics = infonce(*inputs, **options, backend=backend)[1:]
+    want = gradients(infonce_reference, *inputs, **options)
     scale = 1 / options["temperature"]  # a row that is all but solved has a gradient near zero
     for x, y in zip(got, want, strict=True):
-        assert (x - y).abs().max() <= 1e-12 * scale + 1e-11 * y.abs().max()
+        assert (x - y).abs().max() <= 1e-12 * scale**2 + 1e-11 * y.abs().max()
+    for x, y in zip(statistics, infonce_reference(*inputs, **options)[1:], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12 * scale)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [0.01, 0.02, 0.05, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(63, 63, 64), (100, 1000, 96)], ids=["square", "wide"])
-def test_error_is_at_most_twice_that_of_plain_torch(shape, dtype, temperature):
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_error_is_at_most_twice_that_of_plain_torch(shape, dtype, temperature, backend, rules):
     """Criterion: twice the error of plain torch in the same dtype, and a floor for rounding."""
-    q_BD, k_ND, positive_B, ids_N = trained_like(*shape, dtype)
-    options = {"temperature": temperature, "prefixes": [32, shape[2]], "k_ids_N": ids_N}
-    exact = gradients(infonce_reference, q_BD.double(), k_ND.double(), positive_B, **options)
-    plain = gradients(infonce_reference, q_BD, k_ND, positive_B, **options)
-    ours = gradients(infonce, q_BD, k_ND, positive_B, **options)
-    again = gradients(infonce, q_BD, k_ND, positive_B, **options)
-    floor = 4e-3 if dtype == torch.bfloat16 else 1e-6  # the gradient itself is stored in bf16
+    batch = contrastive_batch(*shape, dtype=dtype)
+    inputs = (batch.q_BD, batch.k_ND, batch.positive_B)
+    options = {
+        "temperature": temperature, "prefixes": [32, shape[2]], "k_ids_N": batch.ids_N, **rules
+    }  # fmt: skip
+    exact = gradients(
+        infonce_reference, batch.q_BD.double(), batch.k_ND.double(), batch.positive_B, **options
+    )
+    plain = gradients(infonce_reference, *inputs, **options)
+    ours, again = (gradients(infonce, *inputs, **options, backend=backend) for _ in range(2))
+    # a rounding of the largest logit, 1 / temperature, moves a softmax by as much; and bf16 or fp16
+    # gradients are rounded where they are stored
+    floor = torch.finfo(torch.float32).eps / temperature
+    floor += 0 if dtype == torch.float32 else torch.finfo(dtype).eps
     for got, same, base, want in zip(ours[1:], again[1:], plain[1:], exact[1:], strict=True):
-        assert relative(got, want) <= 2 * relative(base, want) + floor
-        assert torch.equal(got, same)
+        slack = 1 if want.ndim else 4  # the temperature's is one sum, whose terms cancel
+        assert relative(got, want) <= 2 * relative(base, want) + slack * floor
+        assert torch.equal(got, same), "twice the same call, twice the same bits"
     # a solved row's loss is a difference of logits up to 1 / temperature: one rounding of those
     error, base = ((x[0] - exact[0]).abs().item() for x in (ours, plain))
     assert error <= 2 * base + 2**-24 / temperature
 
 
-def test_a_row_without_negatives_has_no_loss_and_no_gradient():
-    q_BD, k_ND, positive_B, _ = trained_like(4, 6, 16, torch.float32)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_negatives_has_no_loss_and_no_gradient(backend):
+    batch = contrastive_batch(4, 6, 16)
     same = torch.zeros(6, dtype=torch.int64)
-    loss, dq_BD, dk_ND = gradients(infonce, q_BD, k_ND, positive_B, temperature=0.02, k_ids_N=same)
+    loss, *grads = gradients(
+        infonce, batch.q_BD, batch.k_ND, batch.positive_B,
+        temperature=0.02, k_ids_N=same, backend=backend,
+    )  # fmt: skip
     assert loss == 0
-    assert torch.equal(dq_BD, torch.zeros_like(dq_BD))
-    assert torch.equal(dk_ND, torch.zeros_like(dk_ND))
+    for grad in grads:
+        assert torch.equal(grad, torch.zeros_like(grad))
 
 
-def test_outputs_say_what_they_say():
-    q_BD, k_ND, positive_B, ids_N = trained_like(9, 20, 16, torch.float64)
-    output = infonce(q_BD, k_ND, positive_B, temperature=0.05, prefixes=[8, 16], k_ids_N=ids_N)
-    cosine_BN = torch.nn.functional.normalize(q_BD) @ torch.nn.functional.normalize(k_ND).T
-    twins_BN = ids_N[None] == ids_N[positive_B][:, None]
-    torch.testing.assert_close(output.positive_score_PB[1], cosine_BN[torch.arange(9), positive_B])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_say_what_they_say(backend):
+    batch = contrastive_batch(9, 20, 16, dtype=torch.float64)
+    output = infonce(
+        batch.q_BD, batch.k_ND, batch.positive_B,
+        temperature=0.05, prefixes=[8, 16], k_ids_N=batch.ids_N, backend=backend,
+    )  # fmt: skip
+    cosine_BN = (
+        torch.nn.functional.normalize(batch.q_BD) @ torch.nn.functional.normalize(batch.k_ND).T
+    )
+    twins_BN = batch.ids_N[None] == batch.ids_N[batch.positive_B][:, None]
+    rows_B = torch.arange(9)
+    torch.testing.assert_close(output.positive_score_PB[1], cosine_BN[rows_B, batch.positive_B])
     assert torch.equal(output.num_masked_B, twins_BN.sum(1) - 1)
-    twins_BN[torch.arange(9), positive_B] = False
+    twins_BN[rows_B, batch.positive_B] = False
     torch.testing.assert_close(
         output.lse_PB[1], (cosine_BN / 0.05).masked_fill(twins_BN, -torch.inf).logsumexp(1)
     )
     assert not output.lse_PB.requires_grad
 
 
-def test_no_grad_and_strided_inputs():
-    q_BD, k_ND, positive_B, _ = trained_like(8, 12, 20, torch.float32)
-    wide_q, wide_k = q_BD.repeat(1, 2)[:, ::2], k_ND.repeat_interleave(2, 0)[::2]
+def test_own_negatives_by_hand():
+    """Two rows; documents p0 n0 p1 n1 n1': each row against both positives and its own."""
+    batch = contrastive_batch(2, 5, 8, dtype=torch.float64)
+    positive_B = torch.tensor([0, 2])
+    cosine_BN = (
+        torch.nn.functional.normalize(batch.q_BD) @ torch.nn.functional.normalize(batch.k_ND).T
+    )
+    rows = ([0, 1, 2], [0, 2, 3, 4])
+    want = torch.stack([(cosine_BN[i, c] / 0.1).logsumexp(0) for i, c in enumerate(rows)])
+    for backend in ("torch", "plain", "reference"):
+        output = infonce(
+            batch.q_BD, batch.k_ND, positive_B, temperature=0.1, own_negatives=True, backend=backend
+        )
+        torch.testing.assert_close(output.lse_PB[0], want)
+        assert output.num_masked_B.tolist() == [2, 1]
+
+
+def test_symmetric_is_the_mean_of_both_directions():
+    batch = contrastive_batch(6, 6, 8, dtype=torch.float64)
+    logits_BB = (
+        torch.nn.functional.normalize(batch.q_BD) @ torch.nn.functional.normalize(batch.k_ND).T
+    ) / 0.1
+    logits_BB = logits_BB[:, batch.positive_B]
+    both = [torch.nn.functional.cross_entropy(x, torch.arange(6)) for x in (logits_BB, logits_BB.T)]
+    for backend in ("torch", "plain", "reference"):
+        output = infonce(
+            batch.q_BD, batch.k_ND, batch.positive_B,
+            temperature=0.1, symmetric=True, backend=backend,
+        )  # fmt: skip
+        torch.testing.assert_close(output.loss, sum(both) / 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_grad_strides_and_autocast(backend):
+    batch = contrastive_batch(8, 12, 20)
+    wide_q, wide_k = batch.q_BD.repeat(1, 2)[:, ::2], batch.k_ND.repeat_interleave(2, 0)[::2]
+    options = {"temperature": 0.05, "backend": backend}
+    want = infonce(wide_q.contiguous(), wide_k.contiguous(), batch.positive_B, **options)
     with torch.no_grad():
-        got = infonce(wide_q, wide_k, positive_B, temperature=0.05)
-    want = infonce(wide_q.contiguous(), wide_k.contiguous(), positive_B, temperature=0.05)
+        got = infonce(wide_q, wide_k, batch.positive_B, **options)
     assert torch.equal(got.loss, want.loss)
     assert not got.loss.requires_grad
+    plain = gradients(infonce, wide_q, wide_k, batch.positive_B, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = gradients(infonce, wide_q, wide_k, batch.positive_B, **options)
+    for x, y in zip(plain, cast, strict=True):
+        assert torch.equal(x, y)
 
 
-def test_work_memory_does_not_grow_with_the_batch():
-    """Live bytes at their highest, counted by the profiler, stay under the stated bound."""
-    columns, chunk = 4096, 64
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_node_for_torch_compile(backend):
+    batch = contrastive_batch(8, 12, 20)
+    inputs = (batch.q_BD, batch.k_ND, batch.positive_B)
+    options = {"temperature": 0.05, "prefixes": [8, 20], "k_ids_N": batch.ids_N, "backend": backend}
+    compiled = torch.compile(infonce, fullgraph=True, backend="aot_eager")
+    want, got = (gradients(f, *inputs, **options) for f in (infonce, compiled))
+    for x, y in zip(want, got, strict=True):
+        assert torch.equal(x, y)
 
-    def peak_bytes(rows: int) -> int:
-        q_BD, k_ND, positive_B, ids_N = trained_like(rows, columns, 32, torch.float32)
-        q_BD, k_ND = q_BD.requires_grad_(), k_ND.requires_grad_()
-        with torch.profiler.profile(profile_memory=True) as profile:
-            infonce(
-                q_BD, k_ND, positive_B, temperature=0.05, prefixes=[16, 32], k_ids_N=ids_N
-            ).loss.backward()
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        live = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            live += event.nbytes()  # negative where memory is freed
-            peak = max(peak, live)
-        return peak
 
-    work = 4 * columns * chunk  # two prefixes and two more buffers, in elements
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "WORK_ELEMENTS", work)
-        small, large = peak_bytes(512), peak_bytes(4096)
-    linear = 4 * 32 * (4096 - 512) * 4  # q's gradient, its copy and its scaled copy grow with B
-    assert large - small <= linear + 2**16
-    masks = columns * chunk  # the comparison of ids, a byte each
-    fixed = 4 * 32 * (columns + 512) * 6
-    assert small <= 4 * work + masks + fixed
+def test_the_operator_keeps_its_contract():
+    batch = contrastive_batch(4, 6, 8)
+    temperature = torch.tensor(0.05, requires_grad=True)
+    inputs = [x.requires_grad_() for x in (batch.q_BD, batch.k_ND)]
+    options = ([4, 8], [1.0, 0.5], batch.ids_N, None, None, False, "torch", True)
+    torch.library.opcheck(facade._infonce, (*inputs, batch.positive_B, temperature, *options))
+
+
+def test_no_buffer_is_read_before_it_is_written(monkeypatch):
+    """Every uninitialised allocation is filled with NaN first."""
+    batch = contrastive_batch(30, 50, 24)
+    inputs = (batch.q_BD, batch.k_ND, batch.positive_B)
+    options = {"temperature": 0.05, "prefixes": [8, 24], "k_ids_N": batch.ids_N, **RULES["all"]}
+    want = [gradients(infonce, *inputs, **options, backend=b) for b in BACKENDS]
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        got = [gradients(infonce, *inputs, **options, backend=b) for b in BACKENDS]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for backend_want, backend_got in zip(want, got, strict=True):
+        for x, y in zip(backend_want, backend_got, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def peak_bytes(rows: int, columns: int, width: int, **options) -> int:
+    """Live bytes at their highest beyond the inputs, counted by the profiler."""
+    batch = contrastive_batch(rows, columns, width)
+    q_BD, k_ND = batch.q_BD.requires_grad_(), batch.k_ND.requires_grad_()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        infonce(
+            q_BD, k_ND, batch.positive_B, temperature=0.05, backend="torch",
+            k_ids_N=batch.ids_N, **options,
+        ).loss.backward()  # fmt: skip
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()  # negative where memory is freed
+        peak = max(peak, live)
+    return peak
+
+
+# float32 vectors beside the inputs: scaled q and k, their gradients, the gradients times the loss's
+LINEAR = 4 * 3
+SORTED = 8 * 8  # bytes a row or column: sorted ids, order, and what is looked up in them
+
+
+@pytest.mark.parametrize("prefixes", [[32], [8, 16, 32]], ids=["one", "three"])
+def test_work_memory_does_not_grow_with_the_batch(prefixes, monkeypatch):
+    columns, width = 4096, 32
+    monkeypatch.setattr(infonce_torch, "WORK_ELEMENTS", 5 * columns * 64)
+    small, large = (peak_bytes(rows, columns, width, prefixes=prefixes) for rows in (512, 4096))
+    work = 4 * (infonce_torch.WORK_ELEMENTS + infonce_torch.BLOCK_ELEMENTS)
+    linear = LINEAR * width + SORTED + 4 * 8 * len(prefixes)
+    assert large - small <= linear * (4096 - 512) + 2**16
+    assert small <= work + linear * (512 + columns) + 2**18
     assert large < 4 * columns * 4096 / 4, "a quarter of the matrix, or the bound says nothing"
 
 
-def test_shapes_that_do_not_fit_are_named():
-    q_BD, k_ND, positive_B, _ = trained_like(4, 6, 16, torch.float32)
-    with pytest.raises(ValueError, match="prefixes"):
-        infonce(q_BD, k_ND, positive_B, temperature=0.1, prefixes=[32])
-    with pytest.raises(ValueError, match="must be"):
-        infonce(q_BD, k_ND[:, :8], positive_B, temperature=0.1)
-    with pytest.raises(ValueError, match="positive"):
-        infonce(q_BD, k_ND, positive_B[:2], temperature=0.1)
-    with pytest.raises(ValueError, match="weights"):
-        infonce(q_BD, k_ND, positive_B, temperature=0.1, prefixes=[8, 16], prefix_weights=[1.0])
+def test_work_memory_at_16384():
+    """The promise: beyond inputs and gradients 66 MiB of work, and vectors of B and N rows."""
+    rows, width = 16384, 32
+    work = 4 * (infonce_torch.WORK_ELEMENTS + infonce_torch.BLOCK_ELEMENTS)
+    linear = (LINEAR * width + SORTED + 32) * 2 * rows
+    assert peak_bytes(rows, rows, width) <= work + linear + 2**20
+    assert work + linear < 4 * rows * rows / 10, "a tenth of the matrix"
+
+
+def test_auto_takes_the_matrix_only_where_it_is_small():
+    small, large = torch.empty(64, 8), torch.empty(4096, 8)
+    assert choose_backend("auto", small, 64) == "plain"
+    assert choose_backend("auto", large, 4096) == "torch"
+    assert choose_backend("torch", small, 64) == "torch"
+
+
+def test_what_does_not_fit_is_named():
+    batch = contrastive_batch(4, 6, 16)
+    q_BD, k_ND, positive_B = batch.q_BD, batch.k_ND, batch.positive_B
+    for message, arguments, options in (
+        ("prefixes", (q_BD, k_ND, positive_B), {"prefixes": [32]}),
+        ("must be", (q_BD, k_ND[:, :8], positive_B), {}),
+        ("empty", (q_BD[:0], k_ND, positive_B[:0]), {}),
+        ("one float type", (q_BD, k_ND.double(), positive_B), {}),
+        ("positive is torch.int64 of shape", (q_BD, k_ND, positive_B[:2]), {}),
+        ("expected int64", (q_BD, k_ND, positive_B.int()), {}),
+        ("k_ids", (q_BD, k_ND, positive_B), {"k_ids_N": batch.ids_N[:3]}),
+        ("own_negatives", (q_BD, k_ND, positive_B), {"own_negatives": batch.ids_N[:3]}),
+        ("weights", (q_BD, k_ND, positive_B), {"prefixes": [8, 16], "prefix_weights": [1.0]}),
+        ("temperature is 0", (q_BD, k_ND, positive_B), {"temperature": 0}),
+        ("temperature has shape", (q_BD, k_ND, positive_B), {"temperature": torch.ones(2)}),
+        ("backend 'cuda' is none of", (q_BD, k_ND, positive_B), {"backend": "cuda"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            infonce(*arguments, **({"temperature": 0.1} | options))
