@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,3 +104,79 @@ def contrastive_batch(
     return ContrastiveBatch(
         q_BD.to(device, dtype), k_ND.to(device, dtype), positive_B.to(device), ids_N.to(device)
     )
+
+
+class PackedStates(NamedTuple):
+    """Token states and a gradient to pool them with: what `packed_states` makes."""
+
+    hidden_TD: Tensor
+    cu_seqlens: Tensor
+    weight_D: Tensor
+    grad_BD: Tensor
+
+
+def packed_states(
+    lengths: Sequence[int],
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> PackedStates:
+    """Token states of sequences of these lengths, rows of very different sizes, and a norm's
+    weight."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden_TD = torch.randn(sum(lengths), width, generator=generator)
+    hidden_TD *= torch.rand(sum(lengths), 1, generator=generator) * 4
+    weight_D = 1 + 0.3 * torch.randn(width, generator=generator)
+    grad_BD = torch.randn(len(lengths), width, generator=generator)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    hidden_TD, weight_D, grad_BD = (x.to(device, dtype) for x in (hidden_TD, weight_D, grad_BD))
+    return PackedStates(hidden_TD, cu_seqlens, weight_D, grad_BD)
+
+
+def with_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """Output of `function` and gradients of its inputs, computed in `dtype`, as float64."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    output = function(*leaves)
+    grads = torch.autograd.grad(output, leaves, grad.to(dtype))
+    assert [output.dtype, *(x.dtype for x in grads)] == [dtype] * (1 + len(leaves))
+    return [x.detach().double() for x in (output, *grads)]
+
+
+def assert_as_exact(
+    got: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], floor: float = 1e-7
+) -> None:
+    """Hold `got` against float64: an error at most twice that of plain torch in the same dtype.
+
+    Args:
+        floor: what is forgiven, absolutely and as a part of the exact value's norm; 1e-7 is about a
+            rounding to float32.
+    """
+    for number, (x, y, z) in enumerate(zip(got, plain, exact, strict=True)):
+        error, allowed = (x - z).norm(), 2 * (y - z).norm() + floor * (1 + z.norm())
+        assert error <= allowed, f"result {number}: {error:.3g} > {allowed:.3g}"
+
+
+def loss_gradients(
+    function: Callable[..., Any],
+    q_BD: Tensor,
+    k_ND: Tensor,
+    positive_B: Tensor,
+    *,
+    temperature: float,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Loss of an `infonce`-like function, then its gradients: q, k and temperature."""
+    inputs = [x.detach().clone().requires_grad_() for x in (q_BD, k_ND)]
+    wide = torch.promote_types(q_BD.dtype, torch.float32)
+    inputs.append(torch.tensor(temperature, dtype=wide, device=q_BD.device, requires_grad=True))
+    loss = function(*inputs[:2], positive_B, temperature=inputs[2], **options)[0]
+    return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of `want` (float64)."""
+    return ((got.double() - want).norm() / want.norm()).item()

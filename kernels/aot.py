@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,29 +51,31 @@ def compile_report(
     *,
     num_warps: int,
     num_stages: int,
+    aligned: Collection[str] = (),
 ) -> Report:
     """Compile `kernel` for `target` (one of `TARGETS`).
 
     Args:
         signature: Triton type of each argument that is no constant, such as "*bf16" or "i32".
         constants: value of each `tl.constexpr` argument.
+        aligned: integer arguments that are multiples of 16, as Triton sees for itself at run time;
+            pointers always are. Row strides decide whether loads can be pipelined at all.
     """
     arch = target if target.startswith("gfx") else int(target.removeprefix("sm_"))
     gpu = GPUTarget("hip", arch, 64) if target.startswith("gfx") else GPUTarget("cuda", arch, 32)
     types = dict(signature) | dict.fromkeys(constants, "constexpr")
     ordered = {name: types[name] for name in kernel.arg_names}
-    # pointers and strides of whole tensors are multiples of 16, as at run time
-    aligned = {
+    hints = {
         (index,): [["tt.divisibility", 16]]
-        for index, type_ in enumerate(ordered.values())
-        if type_.startswith("*")
+        for index, (name, type_) in enumerate(ordered.items())
+        if type_.startswith("*") or name in aligned
     }
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = True  # a cached binary comes without the report
         knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(
-            ASTSource(kernel, signature=ordered, constexprs=dict(constants), attrs=aligned),
+            ASTSource(kernel, signature=ordered, constexprs=dict(constants), attrs=hints),
             target=gpu,
             options={"num_warps": num_warps, "num_stages": num_stages},
         )

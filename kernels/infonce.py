@@ -195,8 +195,16 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fields of `InfoNCEOutput`, then dq, dk and dtemperature of the loss or empty tensors."""
     problem = Problem(
-        *(q_BD, k_ND, positive_B, temperature.to(_accumulation_dtype(q_BD))),
-        *(tuple(widths), tuple(weights), k_ids_N, margin, owner_N, symmetric),
+        q_BD,
+        k_ND,
+        positive_B,
+        temperature.to(_accumulation_dtype(q_BD)),
+        tuple(widths),
+        tuple(weights),
+        k_ids_N,
+        margin,
+        owner_N,
+        symmetric,
     )
     with torch.autocast(q_BD.device.type, enabled=False):
         done = _evaluate(problem, backend, with_gradient=with_gradient)
@@ -204,10 +212,9 @@ def _run(
         plain_sum = set(weights) == {1.0}
         loss = loss_P.sum() if plain_sum else loss_P @ loss_P.new_tensor(weights)
     inputs = (q_BD, k_ND, temperature)
-    gradients = (done.dq_BD, done.dk_ND, done.dtemperature) if with_gradient else (q_BD[:0],) * 3
     dq_BD, dk_ND, dtemperature = (
-        grad.to(x.dtype) if with_gradient else x.new_empty(0)
-        for grad, x in zip(gradients, inputs, strict=True)
+        x.new_empty(0) if grad is None else grad.to(x.dtype)
+        for grad, x in zip(done[4:], inputs, strict=True)
     )
     statistics = (loss_P, done.lse_PB, done.positive_score_PB, done.num_masked_B)
     return (loss, *statistics, dq_BD, dk_ND, dtemperature)

@@ -61,7 +61,8 @@ class Evaluation(NamedTuple):
 
 def inverse_norms(x_RD: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Inverse norm of every prefix of every row, [P, R]; a row of zeros gets 1 / EPS."""
-    norms = [torch.linalg.vector_norm(x_RD[:, :width], dim=1) for width in widths]
+    wide = torch.promote_types(x_RD.dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(x_RD[:, :width], dim=1, dtype=wide) for width in widths]
     return torch.stack(norms).clamp_min_(EPS).reciprocal_()
 
 
@@ -110,14 +111,18 @@ def remove_pull(
     x[:d_p]. c_PR: what that component is, x . raw of prefix p alone, for all but the widest prefix;
     the widest's is what is left of x . raw. Returns x . raw, [R].
     """
-    # in pieces: the product of the whole would be a fresh R x D allocation
-    pieces = zip(x_RD.split(1024), raw_RD.split(1024), strict=True)
-    total_R = torch.cat([torch.linalg.vecdot(x, raw) for x, raw in pieces])
-    widest_R = total_R - c_PR.sum(0) if len(c_PR) else total_R
-    pull_R = widest_R * inverse_squares_PR[-1]
-    for p in reversed(range(len(widths))):
-        if p < len(c_PR):
-            pull_R += c_PR[p] * inverse_squares_PR[p]
-        segment = slice(widths[p - 1] if p else 0, widths[p])
-        raw_RD[:, segment].addcmul_(x_RD[:, segment], pull_R[:, None], value=-1)
-    return total_R
+    # in pieces: whole, the products and casts would be as large as the gradient
+    piece = (2**25 if x_RD.is_cuda else 2**20) // widths[-1] + 1
+    totals = []
+    for at in range(0, len(raw_RD), piece):
+        raw, x = raw_RD[at : at + piece], x_RD[at : at + piece, : widths[-1]].to(raw_RD.dtype)
+        c, inverse_squares = c_PR[:, at : at + piece], inverse_squares_PR[:, at : at + piece]
+        totals.append(torch.linalg.vecdot(x, raw))
+        widest = totals[-1] - c.sum(0) if len(c) else totals[-1]
+        pull = widest * inverse_squares[-1]
+        for p in reversed(range(len(widths))):
+            if p < len(c):
+                pull = pull + c[p] * inverse_squares[p]
+            segment = slice(widths[p - 1] if p else 0, widths[p])
+            raw[:, segment].addcmul_(x[:, segment], pull[:, None], value=-1)
+    return torch.cat(totals)

@@ -1,0 +1,75 @@
+"""The Triton back end run by Triton's interpreter, where bf16 products are wrong and fp16's not."""
+
+import pytest
+import torch
+
+from drama.kernels.infonce import infonce
+from drama.kernels.infonce_reference import infonce_reference
+from drama.testing import contrastive_batch, loss_gradients, relative_error
+
+
+@pytest.fixture(autouse=True)
+def kernels(interpreted, monkeypatch):
+    interpreted("drama.kernels.infonce_kernels")
+    return interpreted("drama.kernels.infonce_triton")
+
+
+@pytest.mark.parametrize("prefixes", [[70], [24, 32, 70]], ids=["one", "three"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_error_is_at_most_twice_that_of_plain_torch(kernels, monkeypatch, dtype, prefixes, rules):
+    """Rows, columns and widths that fill no tile; several chunks; every rule."""
+    batch = contrastive_batch(100, 150, 77, dtype=dtype)
+    per_row = batch.q_BD.element_size() * 150 * len(prefixes)
+    monkeypatch.setattr(kernels, "WORK_BYTES", 70 * per_row)
+    for temperature in (0.01, 0.05):
+        options = {"temperature": temperature, "prefixes": prefixes, "k_ids_N": batch.ids_N}
+        options |= {"prefix_weights": [0.5, 1.0, 2.0][: len(prefixes)], **rules}
+        inputs = (batch.q_BD, batch.k_ND, batch.positive_B)
+        exact = loss_gradients(
+            infonce_reference, batch.q_BD.double(), batch.k_ND.double(), batch.positive_B, **options
+        )
+        plain = loss_gradients(infonce_reference, *inputs, **options)
+        ours, again = (
+            loss_gradients(infonce, *inputs, **options, backend="triton") for _ in range(2)
+        )
+        floor = torch.finfo(torch.float32).eps / temperature
+        floor += 0 if dtype == torch.float32 else torch.finfo(dtype).eps
+        for got, same, base, want in zip(ours[1:], again[1:], plain[1:], exact[1:], strict=True):
+            slack = 1 if want.ndim else 8  # the temperature's is one sum, whose terms cancel
+            assert relative_error(got, want) <= 2 * relative_error(base, want) + slack * floor
+            assert torch.equal(got, same), "twice the same call, twice the same bits"
+        error, base = ((x[0] - exact[0]).abs().item() for x in (ours, plain))
+        assert error <= 2 * base + 2**-24 / temperature
+        got = infonce(*inputs, **options, backend="triton")
+        want = infonce_reference(batch.q_BD.double(), batch.k_ND.double(), inputs[2], **options)
+        torch.testing.assert_close(got.loss_P.double(), want.loss_P, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.lse_PB.double(), want.lse_PB, rtol=1e-4, atol=1e-4)
+        if "margin" not in rules:  # a score at the margin falls either way
+            assert torch.equal(got.num_masked_B, want.num_masked_B)
+        with torch.no_grad():
+            alone = infonce(*inputs, **options, backend="triton")
+        torch.testing.assert_close(alone.loss, got.loss, rtol=1e-6, atol=1e-7)
+
+
+def test_a_row_without_negatives_has_no_loss_and_no_gradient():
+    batch = contrastive_batch(4, 6, 16)
+    same = torch.zeros(6, dtype=torch.int64)
+    loss, *grads = loss_gradients(
+        infonce, batch.q_BD, batch.k_ND, batch.positive_B,
+        temperature=0.02, k_ids_N=same, prefixes=[8, 16], backend="triton",
+    )  # fmt: skip
+    assert loss == 0
+    for grad in grads:
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_strided_inputs():
+    batch = contrastive_batch(8, 12, 20)
+    wide_q, wide_k = batch.q_BD.repeat(1, 2)[:, ::2], batch.k_ND.repeat_interleave(2, 0)[::2]
+    options = {"temperature": 0.05, "backend": "triton"}
+    got = loss_gradients(infonce, wide_q, wide_k, batch.positive_B, **options)
+    want = loss_gradients(
+        infonce, wide_q.contiguous(), wide_k.contiguous(), batch.positive_B, **options
+    )
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
