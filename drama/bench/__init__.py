@@ -1,0 +1,1 @@
+"""Benchmarks: what the launchers `bench_*.py` run."""

@@ -1,0 +1,173 @@
+"""Interleaved timing, and the CSV rows under `benchmarks/`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drama.files import replacing
+
+COLUMNS = (
+    "kernel", "provider", "mode", "metric", "x", "median", "p20", "p80",
+    "config", "device", "versions", "commit", "date",
+)  # fmt: skip
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], None]],
+    device: torch.device,
+    *,
+    seconds: float,
+    rounds: int = 60,
+) -> dict[str, list[float]]:
+    """Seconds of every run, the candidates in turn, after one round that does not count.
+
+    At least three rounds, at most `rounds`, and none is begun after `seconds`.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    began = time.perf_counter()
+    for number in range(rounds + 1):
+        if number > 3 and time.perf_counter() - began > seconds:
+            break
+        for name, run in runs.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
+    """Highest memory of a run beyond what lives before it: allocations are counted."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()  # negative where memory is freed
+        peak = max(peak, live)
+    return peak
+
+
+class Rows:
+    """Collects rows and writes them; rows of earlier runs on other devices stay."""
+
+    def __init__(self, kernel: str, device: torch.device) -> None:
+        self.kernel, self.rows = kernel, []  # type: ignore[var-annotated]
+        self.common = {
+            "device": device_name(device),
+            "versions": versions(),
+            "commit": commit(),
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+
+    def add(
+        self, provider: str, mode: str, metric: str, x: str, values: list[float], config: Any
+    ) -> None:
+        """One figure: median, 20th and 80th percentile of `values`."""
+        low, high = (
+            (statistics.quantiles(values, n=5)[i] for i in (0, 3))
+            if len(values) > 1
+            else values * 2
+        )
+        self.rows.append(
+            {
+                "kernel": self.kernel,
+                "provider": provider,
+                "mode": mode,
+                "metric": metric,
+                "x": x,
+                "median": f"{statistics.median(values):.4g}",
+                "p20": f"{low:.4g}",
+                "p80": f"{high:.4g}",
+                "config": json.dumps(config),
+                **self.common,
+            }
+        )
+
+    def write(self, path: Path) -> None:
+        """Replace this kernel's rows of this device in the file, keep all others."""
+        kept = []
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                kept = [
+                    row
+                    for row in csv.DictReader(file)
+                    if (row["kernel"], row["device"]) != (self.kernel, self.common["device"])
+                ]
+        with (
+            replacing(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept + self.rows)
+
+
+def device_name(device: torch.device) -> str:
+    """GPU or processor, and how many threads torch takes of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> str:
+    """Versions of what is compared."""
+    names = (
+        "torch",
+        "triton",
+        "sentence-transformers",
+        "liger-kernel",
+        "inf-cl",
+        "cut-cross-entropy",
+    )
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join([*found, f"Python {platform.python_version()}"])
+
+
+def commit() -> str:
+    """The checkout's commit, marked where it has changes."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
