@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel
 from drama.attention import ATTENTION_NAME, PackedLayout
 from drama.data.batches import PackedBatch, count_chunks, even_chunks, pack
 from drama.errors import UserError
-from drama.kernels.pool import pool_last, pool_mean
+from drama.kernels.pool import PooledNorm
 from drama.tokenizer import Kind, TextEncoder, load_tokenizer
 
 Pooling = Literal["last", "mean"]
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
     """Backbone, tokenizer and settings of one retriever.
 
     `forward` takes a packed batch and returns unnormalised vectors [B, D]; `embed` takes token rows
-    and returns normalised ones. The final norm runs on what the pooling reads.
+    and returns normalised ones. The final norm pools too, and runs on what the pooling reads.
     """
 
     def __init__(self, backbone: Any, tokenizer: Any, settings: RetrieverSettings) -> None:
@@ -55,6 +55,7 @@ class Encoder(nn.Module):
         self.text_encoder = TextEncoder(tokenizer, settings.query_prefix, settings.document_prefix)
         # transformers >= 5.2 reads this key in Llama-like models; EuroBERT is never causal
         backbone.config.is_causal = settings.attention == "causal"
+        backbone.norm = PooledNorm(backbone.norm, settings.pooling)
 
     # -- loading ------------------------------------------------------------------------------
 
@@ -118,10 +119,8 @@ class Encoder(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return unnormalised vectors [B, D] in the weights' dtype."""
-        hidden_TD = self.hidden_states(batch)
-        if self.settings.pooling == "last":
-            return self.backbone.norm(pool_last(hidden_TD, batch.cu_seqlens))
-        return pool_mean(self.backbone.norm(hidden_TD), batch.cu_seqlens)
+        pooled_BD: Tensor = self.backbone.norm(self.hidden_states(batch), batch.cu_seqlens)
+        return pooled_BD
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Return the residual stream after the last block, before the final norm, [T, D]."""

@@ -29,6 +29,7 @@ B queries, N documents (columns), D width, P prefixes.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -224,9 +225,9 @@ def _evaluate(problem: Problem, backend: str, *, with_gradient: bool) -> Evaluat
     if backend != "triton":
         module = infonce_plain if backend == "plain" else infonce_torch
         return module.evaluate(problem, with_gradient=with_gradient)
-    from drama.kernels import infonce_triton  # needs triton
-
-    return infonce_triton.evaluate(problem, with_gradient=with_gradient)
+    infonce_triton = importlib.import_module("drama.kernels.infonce_triton")  # needs triton
+    done: Evaluation = infonce_triton.evaluate(problem, with_gradient=with_gradient)
+    return done
 
 
 def _scale(

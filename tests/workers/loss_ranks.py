@@ -1,0 +1,28 @@
+"""`ContrastiveLoss` on gloo ranks, each with its own share of one global batch.
+
+usage: loss_ranks.py FOLDER WORLD   (cases.pt) -> rank0.pt, rank1.pt, ...
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from drama.loss import ContrastiveLoss
+
+
+def work(rank: int, folder: Path, world: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    outputs = {}
+    for name, (settings, shares) in torch.load(folder / "cases.pt").items():
+        outputs[name] = vars(ContrastiveLoss(**settings)(*shares[rank]))
+    torch.save(outputs, folder / f"rank{rank}.pt")
+    dist.barrier()  # gloo aborts when a peer closes during teardown
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    mp.spawn(work, (Path(sys.argv[1]), int(sys.argv[2])), nprocs=int(sys.argv[2]))
