@@ -113,7 +113,8 @@ def infonce(
                 symmetric=symmetric,
             )
     if not isinstance(temperature, Tensor):
-        temperature = torch.full((), temperature, dtype=_accumulation_dtype(q_BD)).to(q_BD.device)
+        dtype = _accumulation_dtype(q_BD)
+        temperature = torch.full((), temperature, dtype=dtype, device=q_BD.device)
     owner_N = None
     if own_negatives is not False:
         owner_N = owners(positive_B, len(k_ND)) if own_negatives is True else own_negatives
@@ -132,12 +133,14 @@ def choose_backend(backend: Backend, q_BD: Tensor, num_columns: int) -> str:
     """The back end that `backend` means for these inputs; "auto" is settled here.
 
     Raises:
-        ValueError: an unknown back end, or "triton" where Triton is not installed.
+        ValueError: an unknown back end, or "triton" where it is not installed or for float64.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
     if backend == "triton" and not _has_triton():
         raise ValueError("backend 'triton' needs the package triton, which is not installed")
+    if backend == "triton" and q_BD.dtype == torch.float64:
+        raise ValueError("backend 'triton' takes no float64; use 'torch'")
     if backend != "auto":
         return backend
     if len(q_BD) * num_columns <= PLAIN_ELEMENTS:
@@ -210,8 +213,13 @@ def _run(
     with torch.autocast(q_BD.device.type, enabled=False):
         done = _evaluate(problem, backend, with_gradient=with_gradient)
         loss_P = done.loss_PB.mean(1)
-        plain_sum = set(weights) == {1.0}
-        loss = loss_P.sum() if plain_sum else loss_P @ loss_P.new_tensor(weights)
+        # not a product with a tensor of the weights: copying that to a GPU would wait for it
+        weighted = (
+            loss_P
+            if set(weights) == {1.0}
+            else torch.stack([part * w for part, w in zip(loss_P, weights, strict=True)])
+        )
+        loss = weighted.sum()
     inputs = (q_BD, k_ND, temperature)
     dq_BD, dk_ND, dtemperature = (
         x.new_empty(0) if grad is None else grad.to(x.dtype)

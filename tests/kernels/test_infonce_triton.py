@@ -73,3 +73,9 @@ def test_strided_inputs():
     )
     for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)
+
+
+def test_float64_is_refused():
+    batch = contrastive_batch(4, 6, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="takes no float64"):
+        infonce(batch.q_BD, batch.k_ND, batch.positive_B, temperature=0.1, backend="triton")
