@@ -8,7 +8,6 @@ C rows of a chunk, N documents, D width, P prefixes, T column tiles, R row tiles
 """
 
 from __future__ import annotations
-from __future__ import annotations
 
 from typing import NamedTuple
 

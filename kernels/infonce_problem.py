@@ -47,7 +47,8 @@ class Problem(NamedTuple):
 class Evaluation(NamedTuple):
     """Loss, statistics and, where asked for, the gradients of the weighted loss.
 
-    loss_PB: cross-entropy per prefix and row. Everything is in the accumulation dtype.
+    loss_PB: cross-entropy per prefix and row. All in the accumulation dtype, but that gradients
+    may be in the dtype of their input.
     """
 
     loss_PB: Tensor

@@ -74,10 +74,15 @@ class _Evaluator:
         self.weights_P1 = torch.tensor(problem.weights).to(device, non_blocking=True)[:, None]
         self.ia_PB, self.ib_PN = inverse_norms(self.q_BD, widths), inverse_norms(self.k_ND, widths)
         self.to_base2 = LOG2E / problem.temperature
-        # gradients are stored divided by the largest inverse norms: within fp16's range
-        self.unit_q, self.unit_k = self.ia_PB[-1].max(), self.ib_PN[-1].max()
-        self.row_factor_PB = self.ia_PB / self.unit_q * self.weights_P1
-        self.column_factor_PN = self.ib_PN / self.unit_k
+        # gradients are stored as if the vectors' mean norm were 1, and in fp16 a vector far shorter
+        # than that gets less: within its range, where one infinity would spoil every sum
+        self.unit_q, self.unit_k = (1 / (1 / x[-1]).mean() for x in (self.ia_PB, self.ib_PN))
+        most = 128.0 if self.q_BD.dtype == torch.float16 else math.inf
+        self.row_factor_PB = (self.ia_PB / self.unit_q).clamp_max(most) * self.weights_P1
+        self.column_factor_PN = (self.ib_PN / self.unit_k).clamp_max(most)
+        # what turns sums over stored gradients into sums over real ones
+        self.unit = 1 / (self.unit_q * self.unit_k)
+        self.scale = 1 / (self.unit * problem.temperature * self.num_rows)
         self.ids_B = None if problem.k_ids_N is None else problem.k_ids_N[problem.positive_B]
         per_row = self.q_BD.element_size() * self.num_columns * len(widths)
         chunk = max(1, WORK_BYTES // per_row)
@@ -89,11 +94,9 @@ class _Evaluator:
         self.z_PB, self.loss_PB = (self.ia_PB.new_empty(shape) for _ in range(2))
         self.num_masked_B = torch.empty_like(problem.positive_B)
         if with_gradient:
-            self.dq_BD, self.dk_ND = (
-                torch.zeros(x.shape[0], problem.widths[-1], dtype=torch.float32, device=x.device)
-                for x in (self.q_BD, self.k_ND)
-            )
-            self.c_PB = self.ia_PB.new_zeros(num_prefixes - 1, self.num_rows)
+            self.dq_BD = self.q_BD.new_empty(self.num_rows, problem.widths[-1])
+            self.dk_ND = self.ib_PN.new_zeros(self.num_columns, problem.widths[-1])
+            self.total = self.ia_PB.new_zeros(())
             self.c_PN = self.ib_PN.new_zeros(num_prefixes - 1, self.num_columns)
         chunks = [
             slice(first, min(first + self.chunk_size, self.num_rows))
@@ -133,10 +136,10 @@ class _Evaluator:
             triton.cdiv(self.num_columns, config.columns),
         )
         positive_g_PC = torch.expm1(-self.loss_PB[:, rows])
+        gz_PC = (positive_g_PC * self.z_PB[:, rows])[:last]
         if last:
             scale_PCT = torch.exp2(out["top"] - lse2_PC[..., None])[:last]
-            pull_PC = (scale_PCT * out["pull"][:last]).sum(2)
-            self._add_row_pull(rows, pull_PC + (positive_g_PC * self.z_PB[:, rows])[:last])
+            gz_PC += (scale_PCT * out["pull"][:last]).sum(2)
         num_rows = rows.stop - rows.start
         grid = (num_tiles, triton.cdiv(num_rows, FINISH_ROWS))
         column_pull_PRN = self.ib_PN.new_empty(last, grid[1], self.num_columns)
@@ -147,7 +150,7 @@ class _Evaluator:
             P=last + 1, BLOCK_C=FINISH_ROWS, BLOCK_N=config.columns, num_warps=8,
         )  # fmt: skip
         self._add_column_pull(column_pull_PRN)
-        self._add_products(rows, out["e"])
+        self._add_products(rows, out["e"], gz_PC)
 
     def _statistics(self, rows: slice) -> Tensor:
         """Row statistics of a chunk; returns the columns' logsumexp over its negatives."""
@@ -163,13 +166,13 @@ class _Evaluator:
         _, out = self._scores(
             rows, GRADIENT, row_lse=lse2_PC, column_lse=v_PN * LOG2E, positive_g=positive_g_PC
         )
+        gz_PC = (positive_g_PC * self.z_PB[:, rows])[:-1]
         if num_prefixes > 1:
-            positive_PC = (positive_g_PC * self.z_PB[:, rows])[:-1]
-            self._add_row_pull(rows, out["pull"][:-1].sum(2) + positive_PC)
+            gz_PC += out["pull"][:-1].sum(2)
             self._add_column_pull(out["column_pull"][:-1])
             for p in reversed(range(num_prefixes - 1)):
                 out["e"][p] += out["e"][p + 1]
-        self._add_products(rows, out["e"])
+        self._add_products(rows, out["e"], gz_PC)
 
     def _scores(self, rows: slice, mode: int, **known: Tensor) -> tuple[Config, dict[str, Tensor]]:
         """Run the scores kernel on a chunk with the fastest configuration that fits."""
@@ -245,31 +248,27 @@ class _Evaluator:
 
     # -- gradients ----------------------------------------------------------------------------
 
-    def _add_row_pull(self, rows: slice, gz_PC: Tensor) -> None:
-        self.c_PB[:, rows] = gz_PC * self.weights_P1[:-1]
-
     def _add_column_pull(self, gz_PRN: Tensor) -> None:
         self.c_PN += gz_PRN.sum(1) * self.weights_P1[:-1]
 
-    def _add_products(self, rows: slice, h_PCN: Tensor) -> None:
-        widths = self.problem.widths
+    def _add_products(self, rows: slice, h_PCN: Tensor, gz_PC: Tensor) -> None:
+        """The chunk's gradient of q, whole, and its part of k's."""
+        widths, q_CD = self.problem.widths, self.q_BD[rows]
+        dq_CD = self.ia_PB.new_zeros(len(q_CD), widths[-1])
         for h_CN, a, b in zip(h_PCN, (0, *widths[:-1]), widths, strict=True):
-            _add_product(self.dq_BD[rows, a:b], h_CN, self.k_ND[:, a:b])
-            _add_product(self.dk_ND[:, a:b], h_CN.T, self.q_BD[rows, a:b])
+            _add_product(dq_CD[:, a:b], h_CN, self.k_ND[:, a:b])
+            _add_product(self.dk_ND[:, a:b], h_CN.T, q_CD[:, a:b])
+        c_PC = gz_PC * self.weights_P1[:-1] * (self.unit / self.to_base2)
+        self.total += remove_pull(dq_CD, q_CD, c_PC, self.ia_PB[:, rows] ** 2, widths).sum()
+        self.dq_BD[rows] = dq_CD * self.scale
 
     def _with_gradients(self, done: Evaluation) -> Evaluation:
-        problem, temperature = self.problem, self.problem.temperature
-        # sums of G z, z in base 2, to the unit of x . raw: cosines times both units
-        unit = 1 / (self.unit_q * self.unit_k)
-        to_raw = unit / self.to_base2
-        widths = problem.widths
-        total_B = remove_pull(self.dq_BD, self.q_BD, self.c_PB * to_raw, self.ia_PB**2, widths)
-        remove_pull(self.dk_ND, self.k_ND, self.c_PN * to_raw, self.ib_PN**2, widths)
-        scale = 1 / (unit * temperature * self.num_rows)
+        problem, c_PN = self.problem, self.c_PN * (self.unit / self.to_base2)
+        remove_pull(self.dk_ND, self.k_ND, c_PN, self.ib_PN**2, problem.widths)
         return done._replace(
-            dq_BD=problem.at_full_width(self.dq_BD.mul_(scale)),
-            dk_ND=problem.at_full_width(self.dk_ND.mul_(scale)),
-            dtemperature=-total_B.sum() * scale / temperature,
+            dq_BD=problem.at_full_width(self.dq_BD),
+            dk_ND=problem.at_full_width(self.dk_ND.mul_(self.scale)),
+            dtemperature=-self.total * self.scale / problem.temperature,
         )
 
 

@@ -63,6 +63,19 @@ def test_a_row_without_negatives_has_no_loss_and_no_gradient():
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
+def test_a_zero_vector_spoils_no_other_gradient():
+    """Its inverse norm is past fp16's range, and documents' gradients sum over all queries."""
+    batch = contrastive_batch(8, 12, 16, dtype=torch.float16)
+    batch.q_BD[3] = 0
+    inputs = (batch.q_BD, batch.k_ND, batch.positive_B)
+    _, dq_BD, dk_ND, _ = loss_gradients(infonce, *inputs, temperature=0.1, backend="triton")
+    double = (batch.q_BD.double(), batch.k_ND.double(), batch.positive_B)
+    _, want_q_BD, want_k_ND, _ = loss_gradients(infonce_reference, *double, temperature=0.1)
+    others = torch.arange(8) != 3
+    assert relative_error(dq_BD[others], want_q_BD[others]) < 5e-3
+    assert relative_error(dk_ND, want_k_ND) < 5e-3
+
+
 def test_strided_inputs():
     batch = contrastive_batch(8, 12, 20)
     wide_q, wide_k = batch.q_BD.repeat(1, 2)[:, ::2], batch.k_ND.repeat_interleave(2, 0)[::2]
