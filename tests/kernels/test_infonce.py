@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drama.bench.rows import peak_bytes
 from drama.kernels import infonce as facade
 from drama.kernels import infonce_torch
 from drama.kernels.infonce import choose_backend, infonce
@@ -209,21 +210,18 @@ def test_no_buffer_is_read_before_it_is_written(monkeypatch):
             torch.testing.assert_close(x, y)
 
 
-def peak_bytes(rows: int, columns: int, width: int, **options) -> int:
-    """Live bytes at their highest beyond the inputs, counted by the profiler."""
+def peak_of(rows: int, columns: int, width: int, **options) -> int:
+    """Live bytes at their highest beyond the inputs."""
     batch = contrastive_batch(rows, columns, width)
     q_BD, k_ND = batch.q_BD.requires_grad_(), batch.k_ND.requires_grad_()
-    with torch.profiler.profile(profile_memory=True) as profile:
+
+    def run() -> None:
         infonce(
             q_BD, k_ND, batch.positive_B, temperature=0.05, backend="torch",
             k_ids_N=batch.ids_N, **options,
         ).loss.backward()  # fmt: skip
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()  # negative where memory is freed
-        peak = max(peak, live)
-    return peak
+
+    return peak_bytes(run, q_BD.device)
 
 
 # float32 vectors beside the inputs: scaled q and k, their gradients, the gradients times the loss's
@@ -235,7 +233,7 @@ SORTED = 8 * 8  # bytes a row or column: sorted ids, order, and what is looked u
 def test_work_memory_does_not_grow_with_the_batch(prefixes, monkeypatch):
     columns, width = 4096, 32
     monkeypatch.setattr(infonce_torch, "WORK_ELEMENTS", 5 * columns * 64)
-    small, large = (peak_bytes(rows, columns, width, prefixes=prefixes) for rows in (512, 4096))
+    small, large = (peak_of(rows, columns, width, prefixes=prefixes) for rows in (512, 4096))
     work = 4 * (infonce_torch.WORK_ELEMENTS + infonce_torch.BLOCK_ELEMENTS)
     linear = LINEAR * width + SORTED + 4 * 8 * len(prefixes)
     assert large - small <= linear * (4096 - 512) + 2**16
@@ -248,7 +246,7 @@ def test_work_memory_at_16384():
     rows, width = 16384, 32
     work = 4 * (infonce_torch.WORK_ELEMENTS + infonce_torch.BLOCK_ELEMENTS)
     linear = (LINEAR * width + SORTED + 32) * 2 * rows
-    assert peak_bytes(rows, rows, width) <= work + linear + 2**20
+    assert peak_of(rows, rows, width) <= work + linear + 2**20
     assert work + linear < 4 * rows * rows / 10, "a tenth of the matrix"
 
 
