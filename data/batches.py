@@ -6,7 +6,7 @@ T packed tokens, B sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, chain
 
 import numpy as np
@@ -100,22 +100,10 @@ class RankBatch:
     num_queries: int
     document_ids: Tensor
     num_cut: int
-    order: list[int] = field(init=False)  # row numbers, shortest row first
-
-    def __post_init__(self) -> None:
-        self.order = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i]))
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.rows))
-
-    def count_chunks(self, token_budget: int) -> int:
-        return count_chunks([len(self.rows[i]) for i in self.order], token_budget)
-
-    def chunks(self, num_chunks: int) -> list[list[int]]:
-        """Row numbers of each of `num_chunks` chunks, queries and documents mixed by length."""
-        lengths = [len(self.rows[i]) for i in self.order]
-        return [[self.order[i] for i in chunk] for chunk in even_chunks(lengths, num_chunks)]
 
 
 class RankBatches(Dataset[RankBatch]):

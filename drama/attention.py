@@ -1,4 +1,4 @@
-"""Attention over packed sequences: one function, one back end chosen per device and printed once.
+"""Attention over packed sequences: one function, one back end chosen per device.
 
     CUDA, flash-attn installed    flash_attn_varlen_func
     CUDA                          torch.nn.attention.varlen (torch >= 2.11; flash attention inside)
@@ -16,7 +16,7 @@ import functools
 import importlib.util
 import inspect
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +26,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from drama.console import console
-
 ATTENTION_NAME = "drama_varlen"
 
 
@@ -35,47 +33,60 @@ ATTENTION_NAME = "drama_varlen"
 class PackedLayout:
     """Where the sequences of a packed batch lie.
 
-    cu_seqlens: int32 [B + 1] on the model's device. lengths: the same on the host.
+    cu_seqlens: int32 [B + 1] on the model's device. lengths: the same on the host. last_query: only
+    the last token of every sequence asks, so that there are B queries; it sees all keys of its
+    sequence, causal or not.
     """
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     causal: bool
+    last_query: bool = False
 
     @property
     def max_seqlen(self) -> int:
         return max(self.lengths)
 
+    @property
+    def cu_queries(self) -> Tensor:
+        """int32 [B + 1], where every sequence's queries lie."""
+        if not self.last_query:
+            return self.cu_seqlens
+        return torch.arange(len(self.cu_seqlens), dtype=torch.int32, device=self.cu_seqlens.device)
+
+    @property
+    def max_queries(self) -> int:
+        return 1 if self.last_query else self.max_seqlen
+
 
 @functools.cache
-def backend(device_type: str, dtype: torch.dtype) -> str:
-    """Name the attention back end of a device type and dtype; prints the choice the first time."""
+def choose_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The attention back end of a device type and dtype, and why it is that one."""
     if device_type != "cuda":
-        name, why = "sdpa per sequence", "no varlen kernel for this device"
-    elif dtype not in (torch.bfloat16, torch.float16):
-        name, why = "sdpa per sequence", "the varlen kernels take 16-bit types only"
-    elif importlib.util.find_spec("flash_attn") is not None:
-        name, why = "flash-attn varlen", "flash_attn is installed"
-    else:
-        name, why = "torch varlen", "flash_attn is not installed"
-    console.print(f"attention: {name} ({why})")
-    return name
+        return "sdpa per sequence", "no varlen kernel for this device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa per sequence", "the varlen kernels take 16-bit types only"
+    if importlib.util.find_spec("flash_attn") is not None:
+        return "flash-attn varlen", "flash_attn is installed"
+    return "torch varlen", "flash_attn is not installed"
 
 
 def varlen_attention(
     q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: PackedLayout, scale: float
 ) -> Tensor:
-    """Attention of every packed sequence over itself alone; returns [T, H, E].
+    """Attention of every packed sequence over itself alone; returns the shape of the queries.
 
-    H is a multiple of G. Causal or bidirectional as the layout says.
+    H is a multiple of G. Causal or bidirectional as the layout says; with its `last_query` the
+    queries are [B, H, E].
     """
-    choice = backend(q_THE.device.type, q_THE.dtype)
+    layout = replace(layout, causal=layout.causal and not layout.last_query)
+    choice, _ = choose_backend(q_THE.device.type, q_THE.dtype)
     if choice == "flash-attn varlen":
         from flash_attn import flash_attn_varlen_func
 
-        cu, longest = layout.cu_seqlens, layout.max_seqlen
         return flash_attn_varlen_func(
-            q_THE, k_TGE, v_TGE, cu, cu, longest, longest,
+            q_THE, k_TGE, v_TGE,
+            layout.cu_queries, layout.cu_seqlens, layout.max_queries, layout.max_seqlen,
             softmax_scale=scale, causal=layout.causal,
         )  # fmt: skip
     if choice == "torch varlen":
@@ -94,11 +105,12 @@ def _torch_varlen(
         options = {}
         group = q_THE.shape[1] // k_TGE.shape[1]
         k_TGE, v_TGE = (x.repeat_interleave(group, 1) for x in (k_TGE, v_TGE))
-    cu, longest = layout.cu_seqlens, layout.max_seqlen
     window = (-1, 0) if layout.causal else (-1, -1)
     out = varlen_attn(
-        q_THE, k_TGE, v_TGE, cu, cu, longest, longest, scale=scale, window_size=window, **options
-    )
+        q_THE, k_TGE, v_TGE,
+        layout.cu_queries, layout.cu_seqlens, layout.max_queries, layout.max_seqlen,
+        scale=scale, window_size=window, **options,
+    )  # fmt: skip
     assert isinstance(out, Tensor)  # a pair only where the logsumexp is asked for
     return out
 
@@ -116,11 +128,12 @@ def _sdpa_per_sequence(
     """Neighbours of equal length share one call; sorting by length makes long runs of them."""
     runs = [(length, len(list(group))) for length, group in itertools.groupby(layout.lengths)]
     sizes = [length * count for length, count in runs]
+    query_sizes = [count for _, count in runs] if layout.last_query else sizes
     outputs = []
-    for (length, count), q, k, v in zip(
-        runs, q_THE.split(sizes), k_TGE.split(sizes), v_TGE.split(sizes), strict=True
+    for (_, count), q, k, v in zip(
+        runs, q_THE.split(query_sizes), k_TGE.split(sizes), v_TGE.split(sizes), strict=True
     ):
-        q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, scale=scale, is_causal=layout.causal, enable_gqa=q.shape[1] != k.shape[1]
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -103,6 +104,17 @@ def _is_open(path: Path) -> bool:
             if os.readlink(descriptor) == target:
                 return True
     return False
+
+
+@functools.cache
+def host_group() -> dist.ProcessGroup | None:
+    """All ranks in a group that moves host memory; None is the default group, or no group at all.
+
+    Every rank calls it at the same place the first time: making a group is a collective.
+    """
+    if not dist.is_initialized() or dist.get_backend() == "gloo":
+        return None
+    return dist.new_group(backend="gloo")
 
 
 def free_port() -> int:

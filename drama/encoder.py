@@ -6,7 +6,7 @@ B texts, T packed tokens, D width.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from drama.attention import ATTENTION_NAME, PackedLayout
+from drama.attention import ATTENTION_NAME
+from drama.blocks import Execution, run_blocks
 from drama.data.batches import PackedBatch, count_chunks, even_chunks, pack
 from drama.errors import UserError
-from drama.kernels.pool import PooledNorm
+from drama.kernels.pool import PooledNorm, pool_last, pool_mean
 from drama.tokenizer import Kind, TextEncoder, load_tokenizer
 
 Pooling = Literal["last", "mean"]
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
     """Backbone, tokenizer and settings of one retriever.
 
     `forward` takes a packed batch and returns unnormalised vectors [B, D]; `embed` takes token rows
-    and returns normalised ones. The final norm pools too, and runs on what the pooling reads.
+    and returns normalised ones. `execution` may be set at any time.
     """
 
     def __init__(self, backbone: Any, tokenizer: Any, settings: RetrieverSettings) -> None:
@@ -52,6 +53,7 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
+        self.execution = Execution()
         self.text_encoder = TextEncoder(tokenizer, settings.query_prefix, settings.document_prefix)
         # transformers >= 5.2 reads this key in Llama-like models; EuroBERT is never causal
         backbone.config.is_causal = settings.attention == "causal"
@@ -67,24 +69,33 @@ class Encoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         settings: RetrieverSettings | None = None,
+        rope: Mapping[str, Any] | None = None,
     ) -> Encoder:
         """Load a retriever folder, or a plain Llama-like folder with the default settings.
 
         Args:
             settings: instead of the folder's own; training sets them from the recipe.
             dtype: of the weights; float32 by default.
+            rope: keys of transformers' `rope_parameters` that replace the folder's; the model then
+                takes texts of `settings.max_tokens`.
 
         Raises:
             UserError: not a model folder, weights or tokenizer missing, an architecture other than
                 Llama and EuroBERT, or a mask that is not the one that the settings declare.
         """
         folder = Path(path)
-        _read_config(folder)
+        config = _read_config(folder)
         settings = settings or read_settings(folder)
+        if rope:
+            config.rope_parameters = {**config.rope_parameters, **rope}
+            config.max_position_embeddings = max(
+                config.max_position_embeddings, settings.max_tokens
+            )
         tokenizer = load_tokenizer(folder)
         try:
             backbone, info = AutoModel.from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype or torch.float32,
                 attn_implementation=ATTENTION_NAME,
                 trust_remote_code=False,
@@ -119,26 +130,32 @@ class Encoder(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return unnormalised vectors [B, D] in the weights' dtype."""
-        pooled_BD: Tensor = self.backbone.norm(self.hidden_states(batch), batch.cu_seqlens)
-        return pooled_BD
-
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Return the residual stream after the last block, before the final norm, [T, D]."""
-        layout = PackedLayout(
-            batch.cu_seqlens, batch.lengths, causal=self.settings.attention == "causal"
-        )
-        positions_1T = batch.position_ids_T[None]
-        hidden_1TD = self.backbone.embed_tokens(batch.input_ids_T[None])
-        rotary = self.backbone.rotary_emb(hidden_1TD, position_ids=positions_1T)
-        for layer in self.backbone.layers:
-            hidden_1TD = layer(
-                hidden_1TD,
-                attention_mask=None,
-                position_embeddings=rotary,
-                position_ids=positions_1T,
-                layout=layout,
+        execution, norm = self.execution, self.backbone.norm
+        at_last = execution.pooled_last_block and self.settings.pooling == "last"
+        hidden_XD = self.hidden_states(batch, last_token_only=at_last)
+        cu_seqlens = batch.cu_seqlens
+        if at_last:  # what is left is one row a sequence
+            cu_seqlens = torch.arange(
+                len(batch.lengths) + 1, dtype=torch.int32, device=hidden_XD.device
             )
-        return hidden_1TD[0]
+        if execution.pooled_norm:
+            pooled_BD: Tensor = norm(hidden_XD, cu_seqlens)
+            return pooled_BD
+        pool = pool_last if self.settings.pooling == "last" else pool_mean
+        return pool(norm(hidden_XD), cu_seqlens)
+
+    def hidden_states(self, batch: PackedBatch, *, last_token_only: bool = False) -> Tensor:
+        """Return the residual stream after the last block, before the final norm.
+
+        [T, D], or with `last_token_only` the last token of every sequence, [B, D].
+        """
+        return run_blocks(
+            self.backbone,
+            batch,
+            causal=self.settings.attention == "causal",
+            last_token_only=last_token_only,
+            recompute=self.execution.recompute_blocks,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
         """Move or cast as usual, but keep the rotary frequencies in float32.

@@ -1,91 +1,132 @@
 """One optimiser step over a global batch of any size, through a DeepSpeed engine.
 
-Pass 1 encodes the chunks without a graph; the loss is evaluated once on the cached vectors and
-yields their gradient; pass 2 encodes each chunk again and backpropagates (vector * gradient).sum()
-(Gao et al. 2021, arXiv 2101.06983). The gradient is exactly that of the whole batch.
+Pass 1 encodes the chunks; the loss is evaluated once on the cached vectors and yields their
+gradient; pass 2 backpropagates (vector * gradient).sum() chunk by chunk (Gao et al. 2021, arXiv
+2101.06983). The gradient is exactly that of the whole batch. Pass 1 keeps the graphs of its last
+chunks, as many as fit; only the others are encoded again in pass 2, 4 units of work for those and 3
+for the kept ones. Pass 2 goes from the last chunk to the first, kept or not, so the number of
+graphs changes no bit of the result. Documents travel to the other ranks while the last chunk is
+being encoded.
 
 DeepSpeed counts every `engine.backward` as a micro-step of its own. Without more, ZeRO 1 and 2 keep
-only the last chunk's gradient and say nothing. Here all backwards of a step run inside
-`coalesce_grad_reduction` (ZeRO 1, 2, 3) or, on ZeRO 0, inside `no_sync` but for the last one: one
-reduction a step, at the price of one full local gradient a rank.
+only the last chunk's gradient and say nothing. Two forms are right:
+
+    step    all backwards inside `coalesce_grad_reduction`: one reduction a step, at the price of
+            one full local gradient a rank (ZeRO 1, 2, 3)
+    chunk   the boundary is set on the last chunk only: ZeRO 2 and 3 reduce and shard after each
+            chunk (and ZeRO 3 keeps no graphs), ZeRO 0 and 1 add up locally
 
 Under ZeRO 3 every forward is a collective, so all ranks run the same number of chunks: they agree
 on the largest count that any rank needs, and each spreads its tokens evenly over that many.
 
-B queries, N documents, D width.
+B queries, N documents, X = B + N texts of this rank, M documents of all ranks, D width.
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from drama.balance import Share, share_out
 from drama.data.batches import PackedBatch, RankBatch, pack
-from drama.loss import ContrastiveLoss, LossOutput
+from drama.distributed import host_group
+from drama.gather import Columns, all_gather
+from drama.loss import ContrastiveLoss
+from drama.memory import GraphBytes, PeakMemory, spare_bytes
+
+KeepGraphs = int | Literal["auto"]
+Reduction = Literal["auto", "step", "chunk"]
+# of the spare memory, what one full local gradient may take before "auto" reduces chunk by chunk
+_GRADIENT_SHARE = 0.25
 
 
 @dataclass
 class StepOutput:
-    """What one step did. seconds: per phase (embed, loss, replay, step)."""
+    """What one step did. seconds: per phase (share, embed, loss, replay, step)."""
 
     loss: float
     loss_by_prefix: list[float]
     num_masked: int
     num_chunks: int
-    grad_norm: float
+    num_kept: int
+    grad_norm: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 class GradCache:
     """Runs gradient-cached steps on a DeepSpeed engine that wraps an `Encoder`.
 
-    token_budget: tokens a chunk, which bounds the memory of a graph; a longer text is alone.
+    Args:
+        token_budget: tokens a chunk, which bounds the memory of a graph; a longer text is alone.
+        keep_graphs: chunks of pass 1 whose graph is kept, at most; "auto" measures in the first
+            step what a graph takes, and keeps what fits in the memory that each step finds.
+        reduction: see above; "auto" takes "step" where a full gradient is small beside the memory.
+        balance: deal the texts out anew, so that every rank has the same number of tokens.
     """
 
-    def __init__(self, engine: Any, loss: ContrastiveLoss, token_budget: int) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        loss: ContrastiveLoss,
+        token_budget: int,
+        *,
+        keep_graphs: KeepGraphs = "auto",
+        reduction: Reduction = "auto",
+        balance: bool = True,
+    ) -> None:
         self.engine, self.loss, self.token_budget = engine, loss, token_budget
-        self.device = engine.device
+        self.balance = balance
+        self.device, self.stage = engine.device, engine.zero_optimization_stage()
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.group = host_group()
+        self.reduction = self._settle(reduction)
+        if self.reduction == "chunk" and self.stage == 3:
+            # DeepSpeed adds to the shards after the first forward that follows a backward; two
+            # backwards in a row, as of kept graphs, would overwrite each other
+            keep_graphs = 0
+        self.room = _GraphRoom(self.device, token_budget, keep_graphs)
 
     def backward(self, batch: RankBatch) -> StepOutput:
         """Leave the gradient of the global batch in the engine, reduced; does not step."""
         watch = _Stopwatch(self.device)
-        chunks = batch.chunks(self._agree(batch.count_chunks(self.token_budget)))
-        packed = [self._pack(batch, chunk) for chunk in chunks]
+        share = share_out(batch, balance=self.balance, group=self.group)
+        num_chunks, num_kept = self._agree(share.count_chunks(self.token_budget))
+        chunks = share.chunks(num_chunks)
+        packed = [self._pack(share, chunk) for chunk in chunks]
+        parts = self._part_sizes(share, chunks)
+        watch.lap("share")
 
-        vectors_XD: Tensor | None = None
-        with torch.no_grad():
-            for chunk, tokens in zip(chunks, packed, strict=True):
-                out_BD = self.engine(tokens).float()
-                if vectors_XD is None:
-                    vectors_XD = out_BD.new_empty(len(batch.rows), out_BD.shape[1])
-                vectors_XD[chunk] = out_BD[: len(chunk)]
-        assert vectors_XD is not None
+        vectors_XD, graphs, columns = self._embed(share, chunks, packed, parts, num_kept)
         watch.lap("embed")
 
-        split = batch.num_queries
-        result = self.loss(
-            vectors_XD[:split], vectors_XD[split:], batch.document_ids.to(self.device)
-        )
+        positive_B, ids_M = (x.to(self.device) for x in share.columns(parts))
+        result = self.loss(vectors_XD[: share.num_queries], columns, positive_B, ids_M)
         # the engine averages over ranks; the objective is a sum of the ranks' shares
         gradient_XD = torch.cat([result.grad_q_BD, result.grad_k_ND]) * self.world_size
         watch.lap("loss")
 
-        self._replay(chunks, packed, gradient_XD)
+        self._replay(chunks, packed, graphs, gradient_XD)
         watch.lap("replay")
-        return _report(result, len(chunks), watch.seconds)
+        return StepOutput(
+            loss=result.loss.item(),
+            loss_by_prefix=result.loss_P.tolist(),
+            num_masked=result.num_masked,
+            num_chunks=num_chunks,
+            num_kept=len(graphs),
+            seconds=watch.seconds,
+        )
 
     def step(self, batch: RankBatch) -> StepOutput:
         """Backward, then the engine's optimiser and schedule step."""
         output = self.backward(batch)
         start = time.perf_counter()
-        if self.engine.zero_optimization_stage():
+        if self.stage:
             self.engine.step()
             output.grad_norm = float(self.engine.get_global_grad_norm())
         else:  # DeepSpeed measures it only where ZeRO does
@@ -95,44 +136,145 @@ class GradCache:
         output.seconds["step"] = time.perf_counter() - start
         return output
 
-    def _agree(self, num_chunks: int) -> int:
-        if self.world_size == 1:
-            return num_chunks
-        count = torch.tensor(num_chunks, device=self.device)
-        dist.all_reduce(count, op=dist.ReduceOp.MAX)
-        return int(count.item())
+    # -- planning -----------------------------------------------------------------------------
 
-    def _pack(self, batch: RankBatch, chunk: list[int]) -> PackedBatch:
+    def _settle(self, reduction: Reduction) -> Reduction:
+        if not self.stage:
+            return "chunk"
+        if reduction != "auto":
+            return reduction
+        weights = self.engine.module.parameters()
+        # ds_numel: under ZeRO 3 a weight is empty here
+        size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights)
+        fits = torch.tensor(int(size < _GRADIENT_SHARE * spare_bytes(self.device)))
+        if self.world_size > 1:
+            dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=self.group)
+        return "step" if fits.item() else "chunk"
+
+    def _agree(self, num_chunks: int) -> tuple[int, int]:
+        """Chunks and kept graphs of this step, the same on every rank."""
+        counts = torch.tensor([num_chunks, -self.room.count()])
+        if self.world_size > 1:
+            dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.group)
+        num_chunks, num_kept = counts.abs().tolist()
+        return num_chunks, min(num_chunks, num_kept)
+
+    def _part_sizes(self, share: Share, chunks: list[list[int]]) -> list[list[int]]:
+        """By part and rank, how many documents are gathered: all chunks' but the last one's, then
+        the last one's."""
+        last = sum(row >= share.num_queries for row in chunks[-1])
+        own = torch.tensor([len(share.rows) - share.num_queries - last, last])
+        if self.world_size == 1:
+            return [[n] for n in own.tolist()]
+        everybody = own.new_empty(2 * self.world_size)
+        all_gather(everybody, own, group=self.group)
+        return everybody.view(-1, 2).T.tolist()
+
+    def _pack(self, share: Share, chunk: list[int]) -> PackedBatch:
         # a rank with fewer texts than chunks still takes part in the forward: with a text of its
         # own whose gradient is zero
-        rows = chunk or batch.order[:1]
-        return pack([batch.rows[i] for i in rows]).to(self.device)
+        rows = chunk or share.order[:1]
+        return pack([share.rows[i] for i in rows]).to(self.device)
+
+    # -- the two passes -----------------------------------------------------------------------
+
+    def _embed(
+        self,
+        share: Share,
+        chunks: list[list[int]],
+        packed: list[PackedBatch],
+        part_sizes: list[list[int]],
+        num_kept: int,
+    ) -> tuple[Tensor, dict[int, Tensor], Columns]:
+        """Pass 1: all vectors, the outputs whose graph lives, and the documents on their way."""
+        columns, split = Columns(part_sizes), share.num_queries
+        vectors_XD: Tensor | None = None
+        graphs: dict[int, Tensor] = {}
+        own = columns.rank
+        for number, (chunk, tokens) in enumerate(zip(chunks, packed, strict=True)):
+            last, kept = number + 1 == len(chunks), number >= len(chunks) - num_kept
+            if last and vectors_XD is not None:
+                columns.send(vectors_XD[split : split + part_sizes[0][own]])
+            with nullcontext() if kept else torch.no_grad():
+                out_BD = self.engine(tokens)
+            if vectors_XD is None:
+                vectors_XD = out_BD.new_empty(len(share.rows), out_BD.shape[1])
+                if last:  # the only chunk: nothing was there to be sent before it
+                    columns.send(vectors_XD[:0])
+            vectors_XD[chunk] = out_BD.detach()[: len(chunk)]
+            if kept:
+                graphs[number] = out_BD
+        assert vectors_XD is not None
+        columns.send(vectors_XD[split + part_sizes[0][own] :])
+        return vectors_XD, graphs, columns
 
     def _replay(
-        self, chunks: list[list[int]], packed: list[PackedBatch], gradient_XD: Tensor
+        self,
+        chunks: list[list[int]],
+        packed: list[PackedBatch],
+        graphs: dict[int, Tensor],
+        gradient_XD: Tensor,
     ) -> None:
-        stage = self.engine.zero_optimization_stage()
-        with self.engine.coalesce_grad_reduction() if stage else nullcontext():
-            for number, (chunk, tokens) in enumerate(zip(chunks, packed, strict=True)):
-                last = number + 1 == len(chunks)
-                quiet: AbstractContextManager[None] = (
-                    nullcontext() if stage or last else self.engine.no_sync()
-                )
-                with quiet:
-                    out_BD = self.engine(tokens).float()
-                    surrogate = (out_BD[: len(chunk)] * gradient_XD[chunk]).sum()
-                    self.engine.backward(surrogate, scale_wrt_gas=False)
+        """Pass 2, from the last chunk to the first."""
+        at_once = self.reduction == "step"
+        peak = PeakMemory(self.device) if self.room.unknown else None
+        with self.engine.coalesce_grad_reduction() if at_once else nullcontext():
+            for number in reversed(range(len(chunks))):
+                if not at_once:
+                    self.engine.set_gradient_accumulation_boundary(number == 0)
+                chunk, out_BD = chunks[number], graphs.get(number)
+                if out_BD is None:
+                    out_BD = self._encode_again(packed[number])
+                else:
+                    graphs[number] = out_BD.detach()
+                surrogate = (out_BD[: len(chunk)].float() * gradient_XD[chunk].float()).sum()
+                self.engine.backward(surrogate, scale_wrt_gas=False)
+        if peak is not None:
+            self.room.transient = peak.taken()
+
+    def _encode_again(self, tokens: PackedBatch) -> Tensor:
+        if not self.room.unknown:
+            return self.engine(tokens)
+        module = self.engine.module
+        before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+        counter = GraphBytes(module.parameters())
+        with counter.watch():
+            out_BD: Tensor = self.engine(tokens)
+        if self.device.type == "cuda":
+            counter.total = torch.cuda.memory_allocated() - before
+        elif module.execution.recompute_blocks:  # blocks' inputs, which autograd does not list
+            num_layers = module.backbone.config.num_hidden_layers
+            counter.total += num_layers * len(tokens.input_ids_T) * module.dim * out_BD.itemsize
+        self.room.learn(counter.total / len(tokens.input_ids_T))
+        return out_BD
 
 
-def _report(result: LossOutput, num_chunks: int, seconds: dict[str, float]) -> StepOutput:
-    return StepOutput(
-        loss=result.loss.item(),
-        loss_by_prefix=result.loss_P.tolist(),
-        num_masked=result.num_masked,
-        num_chunks=num_chunks,
-        grad_norm=0.0,
-        seconds=seconds,
-    )
+class _GraphRoom:
+    """How many graphs of a full chunk fit beside everything else.
+
+    The first step keeps none and measures: bytes a token of a graph, and what the replay takes at
+    its highest. From then on every step asks what the device has left.
+    """
+
+    def __init__(self, device: torch.device, token_budget: int, wanted: KeepGraphs) -> None:
+        self.device, self.token_budget, self.wanted = device, token_budget, wanted
+        self.bytes_per_token = 0.0
+        self.transient: int | None = None
+
+    @property
+    def unknown(self) -> bool:
+        return self.wanted == "auto" and self.transient is None
+
+    def learn(self, bytes_per_token: float) -> None:
+        self.bytes_per_token = max(self.bytes_per_token, bytes_per_token)
+
+    def count(self) -> int:
+        if isinstance(self.wanted, int):
+            return self.wanted
+        if self.transient is None or not self.bytes_per_token:
+            return 0
+        spare = spare_bytes(self.device) - self.transient
+        return max(0, int(spare // (self.bytes_per_token * self.token_budget)))
 
 
 class _Stopwatch:

@@ -27,19 +27,24 @@ GPU_PEAK_FLOPS = {
 }
 
 
-def forward_flops(config: Any, lengths: Sequence[int]) -> float:
+def forward_flops(config: Any, lengths: Sequence[int], *, last_token_only: bool = False) -> float:
     """FLOPs of one forward pass over packed texts of these lengths, the embedding look-up free.
 
     2 per weight and token, and 4 * heads * head_dim * length per token for the two attention
-    products (bidirectional; a causal mask is counted in full, as kernels' users expect).
+    products (bidirectional; a causal mask is counted in full, as kernels' users expect). With
+    `last_token_only` the last block counts keys and values of all tokens, the rest once a text.
     """
     width = config.hidden_size
     head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
     q_width = config.num_attention_heads * head_dim
-    kv_width = config.num_key_value_heads * head_dim
-    weights = 2 * width * (q_width + kv_width) + 3 * width * config.intermediate_size
-    tokens, squares = sum(lengths), sum(n * n for n in lengths)
-    return float(config.num_hidden_layers * (2 * weights * tokens + 4 * q_width * squares))
+    kv_weights = 2 * width * config.num_key_value_heads * head_dim
+    other_weights = 2 * width * q_width + 3 * width * config.intermediate_size
+    tokens, squares, texts = sum(lengths), sum(n * n for n in lengths), len(lengths)
+    block = 2 * (kv_weights + other_weights) * tokens + 4 * q_width * squares
+    last = block
+    if last_token_only:
+        last = 2 * (kv_weights * tokens + other_weights * texts) + 4 * q_width * tokens
+    return float((config.num_hidden_layers - 1) * block + last)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> float:

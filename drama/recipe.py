@@ -28,10 +28,22 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class RopeRecipe(_Strict):
+    """Rotary positions other than the backbone's own; the keys are those of transformers."""
+
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] | None = None
+    factor: Annotated[float, Field(ge=1)] | None = None
+    original_max_position_embeddings: Positive | None = None
+    low_freq_factor: Annotated[float, Field(gt=0)] | None = None  # llama3
+    high_freq_factor: Annotated[float, Field(gt=0)] | None = None  # llama3
+
+
 class ModelRecipe(_Strict):
     """The backbone and how it becomes a retriever."""
 
     path: Path
+    rope: RopeRecipe = RopeRecipe()  # for texts longer than the backbone was made for
     pooling: Literal["last", "mean"] = "last"
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     query_prefix: str = "Query: "
@@ -82,6 +94,19 @@ class TrainRecipe(_Strict):
     keep_last: Positive = 2
 
 
+class StepRecipe(_Strict):
+    """How a step is computed. None of it changes the gradient, only time and memory."""
+
+    keep_graphs: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # chunks not encoded twice
+    grad_reduction: Literal["auto", "step", "chunk"] = "auto"  # once a step, or after every chunk
+    balance_ranks: bool = True  # deal texts out so that all ranks have the same number of tokens
+    recompute_blocks: bool = False  # activation checkpointing: block inputs only, for long texts
+    pooled_last_block: bool = True  # the last block only at the token that is pooled
+    pooled_norm: bool = True  # the final norm only where the pooling reads it
+    liger: Literal["auto", "on", "off"] = "auto"  # Liger-Kernel's norm, SwiGLU, RoPE; CUDA only
+    compile: bool = False  # torch.compile of norms and feed-forward; not with ZeRO 3
+
+
 class Recipe(_Strict):
     """One run. `output` is the run folder."""
 
@@ -92,6 +117,7 @@ class Recipe(_Strict):
     data: DataRecipe
     loss: LossRecipe = LossRecipe()
     train: TrainRecipe = TrainRecipe()
+    step: StepRecipe = StepRecipe()
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -217,6 +243,11 @@ class Recipe(_Strict):
             raise UserError(
                 f"{path}: ZeRO stage 0 in bf16 keeps no float32 weights to export; use zero1, or "
                 "train.precision fp32"
+            )
+        if self.step.compile and stage == 3:
+            raise UserError(
+                f"step.compile does not go with ZeRO 3 ({path}): its weights are gathered by hooks "
+                "that a compiled module never runs; take zero1 or zero2, or step.compile false"
             )
         if config.get("fp16", {}).get("enabled"):
             raise UserError(f"{path}: fp16 is not supported; use train.precision bf16 or fp32")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from rich.progress import Progress, TaskID
 from torch.utils.data import DataLoader, Dataset
 
-from drama import checkpoint
+from drama import checkpoint, choices
 from drama.console import console, progress
 from drama.data.batches import RankBatch, RankBatches
 from drama.data.manifest import MANIFEST
@@ -39,10 +39,14 @@ from drama.metrics import (
     peak_flops,
     peak_memory_mib,
 )
-from drama.recipe import Recipe
+from drama.recipe import Recipe, StepRecipe
 
 # what may differ when a run goes on: none of it changes the mathematics
-_FREE_KEYS = {"train": {"save_every", "keep_last"}, "data": {"workers"}}
+_FREE_KEYS = {
+    "train": {"save_every", "keep_last"},
+    "data": {"workers"},
+    "step": set(StepRecipe.model_fields),
+}
 
 
 class Trainer:
@@ -59,6 +63,7 @@ class Trainer:
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self.encoder = self._load_encoder()
         self.config = self.encoder.backbone.config
+        self.chosen = choices.prepare(self.encoder, recipe, ranks.device)
         self.batches = self._open_data()
         self.num_steps = self._count_steps()
         self.engine = self._start_engine()
@@ -71,6 +76,9 @@ class Trainer:
                 recipe.loss.margin,
             ),
             recipe.train.token_budget,
+            keep_graphs=recipe.step.keep_graphs,
+            reduction=recipe.step.grad_reduction,
+            balance=recipe.step.balance_ranks,
         )
         self.peak = self._sum(peak_flops(ranks.device, self.dtype))
 
@@ -112,7 +120,15 @@ class Trainer:
             matryoshka_dims=tuple(recipe.loss.matryoshka_dims),
             max_tokens=max(recipe.data.max_query_tokens, recipe.data.max_document_tokens),
         )
-        encoder = Encoder.from_pretrained(recipe.model.path, settings=settings)
+        rope = recipe.model.rope.model_dump(exclude_none=True)
+        encoder = Encoder.from_pretrained(recipe.model.path, settings=settings, rope=rope)
+        limit = encoder.backbone.config.max_position_embeddings
+        if settings.max_tokens > limit:
+            raise UserError(
+                f"{recipe.model.path} was made for {limit} tokens, the recipe says "
+                f"{settings.max_tokens}; lower data.max_document_tokens, or set model.rope "
+                "(rope_theta, or rope_type and factor) for longer texts"
+            )
         dims = recipe.loss.matryoshka_dims
         if dims and dims[-1] != encoder.dim:
             raise UserError(
@@ -198,6 +214,7 @@ class Trainer:
         inputs = self._inputs()
         first = checkpoint.load(self.engine, found[-1], inputs) if found else 0
         console.print(self._headline(first))
+        choices.show(self.chosen, recipe, self.encoder, self.step_runner, self.dtype)
         metrics = (
             MetricsFile(output / "metrics.jsonl", first_step=first) if self.ranks.is_main else None
         )
@@ -259,7 +276,10 @@ class Trainer:
         self, step: int, batch: RankBatch, output: StepOutput, start: float, waited: float
     ) -> dict[str, Any]:
         """One row of metrics.jsonl; counts are of the global batch, memory of the fullest rank."""
-        flops = 3 * forward_flops(self.config, [len(row) for row in batch.rows])
+        pooled = self.recipe.step.pooled_last_block and self.recipe.model.pooling == "last"
+        flops = 3 * forward_flops(
+            self.config, [len(row) for row in batch.rows], last_token_only=pooled
+        )
         counts = torch.tensor(
             [batch.num_tokens, batch.num_queries, len(batch.rows), batch.num_cut, flops],
             dtype=torch.float64,
@@ -287,6 +307,7 @@ class Trainer:
             "texts_cut": int(cut),
             "false_negatives_masked": output.num_masked,
             "chunks": output.num_chunks,
+            "chunks_kept": output.num_kept,
             "tokens_per_s": tokens / seconds,
             "pairs_per_s": pairs / seconds,
             "mfu": total_flops / seconds / self.peak,

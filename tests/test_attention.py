@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drama.attention import PackedLayout, backend, varlen_attention
+from drama.attention import PackedLayout, choose_backend, varlen_attention
 
 RAGGED = {
     "ragged": (1, 7, 3, 12),
@@ -83,8 +83,9 @@ def test_views_as_transformers_hands_them_over() -> None:
     )
 
 
-def test_the_choice_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
-    backend.cache_clear()
-    assert backend("cpu", torch.float32) == backend("cpu", torch.float32) == "sdpa per sequence"
-    printed = capsys.readouterr().err
-    assert printed.count("attention: sdpa per sequence") == 1
+def test_the_choice_says_why() -> None:
+    assert choose_backend("cpu", torch.float32)[0] == "sdpa per sequence"
+    assert choose_backend("cuda", torch.float32) == (
+        "sdpa per sequence", "the varlen kernels take 16-bit types only"
+    )  # fmt: skip
+    assert choose_backend("cuda", torch.bfloat16)[0] in ("flash-attn varlen", "torch varlen")

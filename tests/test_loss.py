@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drama.gather import Columns
 from drama.kernels.infonce_reference import infonce_reference
 from drama.loss import ContrastiveLoss
 from drama.testing import contrastive_batch, relative_error
@@ -88,9 +89,39 @@ def cases(world: int) -> dict[str, tuple[dict[str, Any], list[tuple[Tensor, ...]
         for name, (settings, ids) in settings_ids.items():
             result[f"{name} {dtype}"] = (
                 {"temperature": TEMPERATURE, **settings},
-                [(q_BD[rows], k_ND[columns], ids[columns]) for rows, columns in shares(world)],
+                arguments(q_BD, k_ND, ids, world),
             )
     return result
+
+
+def arguments(q_BD: Tensor, k_ND: Tensor, ids_N: Tensor, world: int) -> list[tuple[Any, ...]]:
+    """For every rank: queries, documents in two parts, the parts' sizes on all ranks, positives as
+    columns, the columns' ids."""
+    dealt = shares(world)
+    sizes = [len(share.columns_N) for share in dealt]
+    part_sizes = [[n - n // 3 for n in sizes], [n // 3 for n in sizes]]
+    order_M = torch.cat(
+        [share.columns_N[: n - n // 3] for share, n in zip(dealt, sizes, strict=True)]
+        + [share.columns_N[n - n // 3 :] for share, n in zip(dealt, sizes, strict=True)]
+    )
+    column_of_M = order_M.argsort()  # by number of the document
+    _, _, positive_B, _ = whole_batch(torch.float64)
+    return [
+        (
+            *(q_BD[rows], k_ND[columns].split([first[rank], second[rank]]), part_sizes),
+            *(column_of_M[positive_B[rows]], ids_N[order_M]),
+        )
+        for rank, (rows, columns) in enumerate(dealt)
+        for first, second in [part_sizes]
+    ]
+
+
+def loss_of(settings: dict[str, Any], share: tuple[Any, ...]) -> dict[str, Any]:
+    q_BD, documents, part_sizes, positive_B, ids_M = share
+    columns = Columns(part_sizes)
+    for part in documents:
+        columns.send(part)
+    return vars(ContrastiveLoss(**settings)(q_BD, columns, positive_B, ids_M))
 
 
 @pytest.fixture(scope="module", params=SPLITS, ids=lambda world: f"{world}-ranks")
@@ -100,7 +131,7 @@ def outputs(
     """Every rank's output of every case; one rank is this process, without a process group."""
     world = request.param
     if world == 1:
-        return [{name: vars(ContrastiveLoss(**s)(*x[0])) for name, (s, x) in cases(1).items()}]
+        return [{name: loss_of(s, x[0]) for name, (s, x) in cases(1).items()}]
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(cases(world), folder / "cases.pt")
     command = [sys.executable, str(WORKER), str(folder), str(world)]

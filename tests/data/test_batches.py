@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -96,15 +95,6 @@ def test_the_largest_chunk_is_as_small_as_possible(lengths: list[int], num_chunk
     )
     chunks = even_chunks(lengths, num_chunks)
     assert max(sum(lengths[row] for row in chunk) for chunk in chunks) == optimum
-
-
-def test_a_rank_batch_chunks_its_rows_by_length() -> None:
-    rows = [[1] * n for n in (9, 2, 5, 1, 7, 3)]
-    batch = RankBatch(rows, num_queries=2, document_ids=torch.arange(4), num_cut=0)
-    assert batch.num_tokens == 27
-    num_chunks = batch.count_chunks(token_budget=11)
-    assert num_chunks == 3  # 1 2 3 5 | 7 | 9
-    assert batch.chunks(num_chunks) == [[3, 1, 5, 2], [4], [0]]
 
 
 # -- batches of a rank ----------------------------------------------------------------------------
@@ -304,12 +294,3 @@ def test_cut_texts_are_counted_and_end_in_eos(make: Any, tokenizer: Any) -> None
         limit = 8 if full in queries else 16
         expected = full if len(full) <= limit else [*full[: limit - 1], eos]
         assert row == expected
-
-
-def test_a_batch_is_a_plain_value(make: Any) -> None:
-    """Workers send it through a pipe: `order` is recomputed, never stored apart from its rows."""
-    batch = make()[0]
-    assert [field.name for field in dataclasses.fields(batch) if not field.init] == ["order"]
-    assert sorted(batch.order) == list(range(len(batch.rows)))
-    lengths = [len(batch.rows[i]) for i in batch.order]
-    assert lengths == sorted(lengths)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drama.attention import PackedLayout, _torch_varlen, backend, varlen_attention
+from drama.attention import PackedLayout, _torch_varlen, choose_backend, varlen_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +44,7 @@ def flash_attn_varlen(
 ) -> Tensor:
     if importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash_attn is not installed")
-    assert backend("cuda", torch.bfloat16) == "flash-attn varlen"
+    assert choose_backend("cuda", torch.bfloat16)[0] == "flash-attn varlen"
     return varlen_attention(q_THE, k_TGE, v_TGE, layout, scale)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from drama.gather import Columns
 from drama.loss import ContrastiveLoss
 
 
@@ -18,7 +19,11 @@ def work(rank: int, folder: Path, world: int) -> None:
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     outputs = {}
     for name, (settings, shares) in torch.load(folder / "cases.pt").items():
-        outputs[name] = vars(ContrastiveLoss(**settings)(*shares[rank]))
+        q_BD, documents, part_sizes, positive_B, ids_M = shares[rank]
+        columns = Columns(part_sizes)
+        for part in documents:
+            columns.send(part)
+        outputs[name] = vars(ContrastiveLoss(**settings)(q_BD, columns, positive_B, ids_M))
     torch.save(outputs, folder / f"rank{rank}.pt")
     dist.barrier()  # gloo aborts when a peer closes during teardown
     dist.destroy_process_group()

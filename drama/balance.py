@@ -1,0 +1,186 @@
+"""Who encodes which texts of a global batch: the same number of tokens on every rank.
+
+A step ends when the slowest rank ends. Ranks read records, and records differ in length: with long
+documents one rank may hold a fifth more tokens than another. So before anything is encoded the
+texts of all ranks are sorted by length and dealt out, forwards and backwards in turn; they travel
+as token ids, a few bytes a token. Queries and documents are dealt apart, so that the loss is spread
+evenly too. The result depends on the batch and the number of ranks only.
+
+W ranks, B queries and N documents of one rank, M documents of all ranks. A text's number counts
+over all ranks in the order in which they were read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from drama.data.batches import RankBatch, count_chunks, even_chunks
+from drama.gather import all_gather
+
+
+@dataclass
+class Share:
+    """What one rank encodes: token rows of queries, then of documents, each shortest first.
+
+    positive_B: number of each query's positive document. documents_by_rank: the documents' numbers,
+    in the order in which each rank holds them. ids_M: int64, the documents' ids by number.
+    """
+
+    rows: Sequence[Sequence[int]]
+    positive_B: np.ndarray
+    documents_by_rank: list[np.ndarray]
+    ids_M: np.ndarray
+    order: list[int] = field(init=False)  # row numbers, shortest row first
+
+    def __post_init__(self) -> None:
+        self.order = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i]))
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.positive_B)
+
+    def count_chunks(self, token_budget: int) -> int:
+        return count_chunks([len(self.rows[i]) for i in self.order], token_budget)
+
+    def chunks(self, num_chunks: int) -> list[list[int]]:
+        """Row numbers of each of `num_chunks` chunks, queries and documents mixed by length."""
+        lengths = [len(self.rows[i]) for i in self.order]
+        return [[self.order[i] for i in chunk] for chunk in even_chunks(lengths, num_chunks)]
+
+    def columns(self, part_sizes: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Each query's positive as a column, and the columns' ids, both int64.
+
+        part_sizes: as in `Columns`, the documents of each rank in the order in which it holds them.
+        """
+        taken, numbers = [0] * len(self.documents_by_rank), []
+        for sizes in part_sizes:
+            for rank, n in enumerate(sizes):
+                numbers.append(self.documents_by_rank[rank][taken[rank] : taken[rank] + n])
+                taken[rank] += n
+        number_M = np.concatenate(numbers)
+        column_of_M = np.empty_like(number_M)
+        column_of_M[number_M] = np.arange(len(number_M))
+        return torch.from_numpy(column_of_M[self.positive_B]), torch.from_numpy(
+            self.ids_M[number_M]
+        )
+
+
+def share_out(batch: RankBatch, *, balance: bool, group: dist.ProcessGroup | None) -> Share:
+    """Deal the texts of all ranks out, or with `balance` off only number them.
+
+    Every rank calls it; the texts travel through `group`, one that moves host memory.
+    """
+    lengths = np.array([len(row) for row in batch.rows], np.int64)
+    ids = np.zeros_like(lengths)
+    ids[batch.num_queries :] = batch.document_ids.numpy()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    texts = _Texts.of_all_ranks(lengths, ids, batch.num_queries, world, group)
+    if world > 1 and balance:
+        holder = np.empty_like(texts.lengths)
+        holder[texts.is_query] = _dealt(texts.lengths[texts.is_query], world)
+        # from the other end: the rank with the longest query does not get the longest document too
+        holder[~texts.is_query] = world - 1 - _dealt(texts.lengths[~texts.is_query], world)
+        rows = _exchange(batch.rows, texts, holder, rank, world, group)
+    else:
+        holder, rows = texts.reader, dict(enumerate(batch.rows, int((texts.reader < rank).sum())))
+
+    # numbers within the queries and within the documents, and each rank's, shortest first
+    place = np.where(texts.is_query, texts.is_query.cumsum(), (~texts.is_query).cumsum()) - 1
+    held = [np.flatnonzero(holder == r) for r in range(world)]
+    held = [h[np.argsort(texts.lengths[h], kind="stable")] for h in held]
+    own = held[rank]
+    own_queries, own_documents = own[texts.is_query[own]], own[~texts.is_query[own]]
+    return Share(
+        rows=[rows[int(i)] for i in (*own_queries, *own_documents)],
+        positive_B=texts.positive_of_queries()[place[own_queries]],
+        documents_by_rank=[place[h[~texts.is_query[h]]] for h in held],
+        ids_M=texts.ids[~texts.is_query],
+    )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """All texts of a global batch as every rank knows them, rank by rank, queries first."""
+
+    lengths: np.ndarray
+    ids: np.ndarray  # 0 for queries
+    is_query: np.ndarray
+    reader: np.ndarray  # the rank that read it
+
+    @classmethod
+    def of_all_ranks(
+        cls,
+        lengths: np.ndarray,
+        ids: np.ndarray,
+        num_queries: int,
+        world: int,
+        group: dist.ProcessGroup | None,
+    ) -> _Texts:
+        kind = np.arange(len(lengths)) < num_queries
+        own = np.stack((lengths, ids, kind))
+        if world == 1:
+            return cls(lengths, ids, kind, np.zeros_like(lengths))
+        sizes = _gathered(np.array([own.shape[1]]), world, group)[:, 0]
+        padded = np.zeros((3, sizes.max()), np.int64)
+        padded[:, : own.shape[1]] = own
+        everybody = _gathered(padded.ravel(), world, group).reshape(world, 3, -1)
+        lengths, ids, kinds = np.concatenate(
+            [part[:, :n] for part, n in zip(everybody, sizes, strict=True)], 1
+        )
+        return cls(lengths, ids, kinds.astype(bool), np.repeat(np.arange(world), sizes))
+
+    def positive_of_queries(self) -> np.ndarray:
+        """The number of each query's document: the first B documents of a rank, in order."""
+        num_ranks = int(self.reader.max()) + 1
+        queries = np.bincount(self.reader[self.is_query], minlength=num_ranks)
+        documents = np.bincount(self.reader[~self.is_query], minlength=num_ranks)
+        first = documents.cumsum() - documents
+        return np.concatenate([f + np.arange(n) for f, n in zip(first, queries, strict=True)])
+
+
+def _gathered(own: np.ndarray, world: int, group: dist.ProcessGroup | None) -> np.ndarray:
+    everybody = torch.empty(world * len(own), dtype=torch.int64)
+    all_gather(everybody, torch.from_numpy(own), group=group)
+    return everybody.numpy().reshape(world, -1)
+
+
+def _dealt(lengths: np.ndarray, world: int) -> np.ndarray:
+    """A rank for each text: longest first, forwards through the ranks and backwards in turn."""
+    turn = np.arange(len(lengths))
+    lap, seat = turn // world, turn % world
+    rank = np.empty_like(turn)
+    rank[np.argsort(-lengths, kind="stable")] = np.where(lap % 2, world - 1 - seat, seat)
+    return rank
+
+
+def _exchange(
+    rows: Sequence[Sequence[int]],
+    texts: _Texts,
+    holder: np.ndarray,
+    rank: int,
+    world: int,
+    group: dist.ProcessGroup | None,
+) -> dict[int, Sequence[int]]:
+    """Send each row to its holder; return the rows that arrived, by number among all texts."""
+    own = np.flatnonzero(texts.reader == rank)
+    leaving = np.argsort(holder[own], kind="stable")  # by holder, then by number
+    arriving = np.flatnonzero(holder == rank)  # by reader, as numbers are
+    sent = np.concatenate([np.asarray(rows[i], np.int32) for i in leaving])
+    lengths = texts.lengths
+    out_splits = np.bincount(holder[own], weights=lengths[own], minlength=world).astype(int)
+    in_splits = np.bincount(
+        texts.reader[arriving], weights=lengths[arriving], minlength=world
+    ).astype(int)
+    received = torch.empty(int(lengths[arriving].sum()), dtype=torch.int32)
+    dist.all_to_all_single(
+        received, torch.from_numpy(sent), in_splits.tolist(), out_splits.tolist(), group=group
+    )
+    pieces = received.split(lengths[arriving].tolist())
+    return {int(i): piece.tolist() for i, piece in zip(arriving, pieces, strict=True)}

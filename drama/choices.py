@@ -1,0 +1,125 @@
+"""What a run computes with: chosen once from recipe, device and installed packages, shown once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from drama import attention, fusion
+from drama.blocks import Execution
+from drama.console import console
+from drama.encoder import Encoder
+from drama.errors import UserError
+from drama.gradcache import GradCache
+from drama.kernels import infonce, pool
+from drama.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of the table."""
+
+    what: str
+    chosen: str
+    why: str
+
+
+def prepare(encoder: Encoder, recipe: Recipe, device: torch.device) -> list[Choice]:
+    """Set the encoder up as the recipe's `step` says; return what was chosen.
+
+    Raises:
+        UserError: Liger-Kernel is asked for where it cannot run.
+    """
+    step = recipe.step
+    encoder.execution = Execution(
+        pooled_last_block=step.pooled_last_block,
+        pooled_norm=step.pooled_norm,
+        recompute_blocks=step.recompute_blocks,
+    )
+    liger = _liger(recipe, device)
+    if liger.chosen == "Liger-Kernel":
+        fusion.use_liger(encoder.backbone, device.type)
+    if step.compile:
+        fusion.compile_blocks(encoder.backbone)
+    last = encoder.settings.pooling == "last" and step.pooled_last_block
+    return [
+        liger,
+        Choice("torch.compile", "norms, feed-forward" if step.compile else "off", "step.compile"),
+        Choice(
+            "last block",
+            "at the pooled tokens" if last else "at every token",
+            "exact, less work" if last else _off(step.pooled_last_block, "mean pooling reads all"),
+        ),
+        Choice(
+            "final norm",
+            "with the pooling" if step.pooled_norm else "at every token",
+            "exact, less memory" if step.pooled_norm else "step.pooled_norm: false",
+        ),
+        Choice(
+            "activations",
+            "block inputs only" if step.recompute_blocks else "all kept",
+            f"step.recompute_blocks: {str(step.recompute_blocks).lower()}",
+        ),
+    ]
+
+
+def show(
+    choices: list[Choice], recipe: Recipe, encoder: Encoder, step: GradCache, dtype: torch.dtype
+) -> None:
+    """Print the table, with what the gradient cache settled on."""
+    device, world = step.device, step.world_size
+    vectors = torch.empty(1, encoder.dim, dtype=dtype, device=device)
+    name, why = attention.choose_backend(device.type, dtype)
+    many = infonce.choose_backend("auto", vectors.expand(4096, -1), 4096 * world)
+    once = "one full gradient a rank fits" if recipe.step.grad_reduction == "auto" else "as asked"
+    often = "ZeRO 0 adds up locally" if not step.stage else "saves a full gradient's memory"
+    rows = [
+        Choice("attention", name, why),
+        *choices,
+        Choice("pooling", pool.choose_backend("auto", vectors), f"{device.type} kernel"),
+        Choice("loss", many, f"{device.type}; plain where the batch is small"),
+        Choice(
+            "gradient reduction",
+            "once a step" if step.reduction == "step" else "after each chunk",
+            once if step.reduction == "step" else often,
+        ),
+        Choice("kept graphs", str(step.room.wanted), _kept(step)),
+        Choice(
+            "texts of a rank",
+            "dealt by length" if step.balance and world > 1 else "as it reads them",
+            f"{world} ranks" if world > 1 else "one rank",
+        ),
+    ]
+    table = Table("what", "chosen", "why", title="how this run computes", title_justify="left")
+    for row in rows:
+        table.add_row(row.what, row.chosen, row.why)
+    console.print(table)
+
+
+def _kept(step: GradCache) -> str:
+    if step.room.wanted == "auto":
+        return "measured in the first step"
+    return "encoded once, not twice" if step.room.wanted else "every chunk is encoded twice"
+
+
+def _off(wanted: bool, otherwise: str) -> str:
+    return otherwise if wanted else "step.pooled_last_block: false"
+
+
+def _liger(recipe: Recipe, device: torch.device) -> Choice:
+    wanted: Any = recipe.step.liger
+    what = "norm, SwiGLU, RoPE"
+    if wanted == "off":
+        return Choice(what, "transformers", "step.liger: off")
+    if device.type != "cuda":
+        if wanted == "on":
+            raise UserError("step.liger on: Liger-Kernel runs on CUDA, here is none; say auto")
+        return Choice(what, "transformers", f"no Liger-Kernel on {device.type}")
+    if not fusion.has_liger():
+        if wanted == "on":
+            raise UserError("step.liger on: not installed; pip install liger-kernel, or say auto")
+        return Choice(what, "transformers", "liger_kernel is not installed")
+    return Choice(what, "Liger-Kernel", "it is installed")

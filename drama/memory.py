@@ -1,0 +1,120 @@
+"""How much memory a graph takes, and how much is left for more of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+# limit and present use of this process's control group: version 2, then version 1
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+class GraphBytes:
+    """Counts what autograd saves for the backward pass while it watches.
+
+    Each storage once; those of `weights` do not count: they live anyway.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self.seen = {_storage(x) for x in weights}
+        self.total = 0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Count inside this block."""
+
+        def note(x: Tensor) -> Tensor:
+            if _storage(x) not in self.seen:
+                self.seen.add(_storage(x))
+                self.total += x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            yield
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def spare_bytes(device: torch.device) -> int:
+    """Bytes that this process may still take, a tenth of the device left alone.
+
+    CUDA: what is free, and what the allocator holds without using it. CPU: what the machine and
+    the control group have left, shared out among the ranks of this machine.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + idle - total // 10
+    memory = psutil.virtual_memory()
+    left, total = memory.available, memory.total
+    for limit_file, used_file, file_pages in _CGROUPS:
+        limit, used = _number(Path(limit_file)), _number(Path(used_file))
+        if limit is None or used is None or limit >= memory.total:
+            continue
+        # pages of files count as used, but are given up where memory is short
+        cached = _statistics(Path(limit_file).parent / "memory.stat").get(file_pages, 0)
+        left, total = min(left, limit - used + cached), min(total, limit)
+    return (left - total // 10) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such control group, or "max"
+        return None
+
+
+def _statistics(path: Path) -> dict[str, int]:
+    try:
+        pairs = (line.split() for line in path.read_text().splitlines())
+        return {name: int(value) for name, value in pairs}
+    except (OSError, ValueError):
+        return {}
+
+
+class PeakMemory:
+    """Bytes beyond the present use that a stretch of work takes at its highest.
+
+    CUDA: the allocator's count. CPU: the resident set, whose high-water mark Linux resets on
+    request; where it does not, the mark since the process began.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self.before = _resident("VmRSS")
+
+    def taken(self) -> int:
+        """The peak so far, less what was in use at the start."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        return max(0, _resident("VmHWM") - self.before)
+
+
+def _resident(field: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not Linux
+        return int(psutil.Process().memory_info().rss)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -1,0 +1,107 @@
+"""Texts dealt out over the ranks: nothing lost, every positive found, the same load everywhere."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drama.balance import Share, share_out
+from drama.data.batches import RankBatch
+
+WORKER = Path(__file__).parent / "workers" / "share_ranks.py"
+
+
+def read_by(rank: int) -> RankBatch:
+    """What a rank reads: every query's first token names its positive's, ids too; the ranks'
+    shares are uneven, and some texts are far longer."""
+    generator = random.Random(rank)
+    num_queries, num_documents = 9 + 4 * rank, 20 + 3 * rank
+
+    def row(name: int) -> list[int]:
+        return [name] + [7] * min(40, int(generator.paretovariate(1.1) * 3))
+
+    names = [1000 * (rank + 1) + i for i in range(num_documents)]
+    rows = [row(name) for name in names[:num_queries]] + [row(name) for name in names]
+    return RankBatch(rows, num_queries, torch.tensor(names), num_cut=0)
+
+
+def all_rows(batches: list[RankBatch]) -> list[list[int]]:
+    return sorted(list(map(int, row)) for batch in batches for row in batch.rows)
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def world(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["dealt", "as read"])
+def shares(
+    request: pytest.FixtureRequest, world: int, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[bool, list[Share]]:
+    """Every rank's share, from real gloo ranks."""
+    balance = bool(request.param)
+    batches = [read_by(rank) for rank in range(world)]
+    if world == 1:
+        return balance, [share_out(batches[0], balance=balance, group=None)]
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save([vars(batch) for batch in batches], folder / "batches.pt")
+    command = [sys.executable, str(WORKER), str(folder), str(world), str(int(balance))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    loaded: list[dict[str, Any]] = [torch.load(folder / f"rank{r}.pt") for r in range(world)]
+    return balance, [
+        Share(
+            x["rows"], x["positive_B"].numpy(), [n.numpy() for n in x["documents"]],
+            x["ids_M"].numpy(),
+        )
+        for x in loaded
+    ]  # fmt: skip
+
+
+def test_nothing_is_lost_or_doubled(world: int, shares: tuple[bool, list[Share]]) -> None:
+    held = sorted(list(map(int, row)) for share in shares[1] for row in share.rows)
+    assert held == all_rows([read_by(rank) for rank in range(world)])
+
+
+def test_every_query_finds_its_positive(world: int, shares: tuple[bool, list[Share]]) -> None:
+    """By way of the columns, as the loss does: documents of all ranks, sent in two parts."""
+    everybody = shares[1]
+    documents = [share.rows[share.num_queries :] for share in everybody]
+    first = [len(rows) // 2 for rows in documents]
+    parts = [first, [len(rows) - n for rows, n in zip(documents, first, strict=True)]]
+    columns = [row for rows, n in zip(documents, first, strict=True) for row in rows[:n]]
+    columns += [row for rows, n in zip(documents, first, strict=True) for row in rows[n:]]
+    for share in everybody:
+        positive_B, ids_M = share.columns(parts)
+        assert ids_M.tolist() == [row[0] for row in columns]
+        for query, column in zip(share.rows, positive_B.tolist(), strict=False):
+            assert columns[column][0] == query[0]
+
+
+def test_the_load_is_even(world: int, shares: tuple[bool, list[Share]]) -> None:
+    balance, everybody = shares
+    loads = [sum(map(len, share.rows)) for share in everybody]
+    counts = [share.num_queries for share in everybody]
+    longest = max(len(row) for share in everybody for row in share.rows)
+    if world == 1:
+        return
+    if balance:
+        assert max(counts) - min(counts) <= 1
+        assert max(loads) - min(loads) <= 2 * longest  # one text of each kind
+    else:
+        assert counts == [read_by(rank).num_queries for rank in range(world)]
+        assert max(loads) - min(loads) > 2 * longest, "else dealing would prove nothing"
+
+
+def test_chunks_mix_queries_and_documents_by_length() -> None:
+    rows = [[1] * n for n in (9, 2, 5, 1, 7, 3)]
+    batch = RankBatch(rows, num_queries=2, document_ids=torch.arange(4), num_cut=0)
+    share = share_out(batch, balance=True, group=None)
+    assert [len(row) for row in share.rows] == [2, 9, 1, 3, 5, 7]
+    num_chunks = share.count_chunks(token_budget=11)
+    assert num_chunks == 3  # 1 2 3 5 | 7 | 9
+    assert share.chunks(num_chunks) == [[2, 0, 3, 4], [5], [1]]

@@ -1,0 +1,92 @@
+"""Fused element-wise work changes nothing: Liger-Kernel in the interpreter, Inductor for real."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from drama import fusion
+from drama.data.batches import pack
+from drama.encoder import Encoder, RetrieverSettings
+from drama.testing import tiny_llama
+
+ROWS = [[5 + i % 200 for i in range(n)] for n in (3, 9, 9, 31)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+def gradients(encoder: Encoder) -> dict[str, torch.Tensor]:
+    encoder.train().zero_grad()
+    out_BD = encoder(pack(ROWS))
+    (out_BD * torch.linspace(-1, 1, out_BD.numel()).view_as(out_BD)).sum().backward()
+    return {"vectors": out_BD.detach()} | {
+        name: p.grad for name, p in encoder.named_parameters() if p.grad is not None
+    }
+
+
+def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_compiled_blocks_give_the_same_gradients(model: Path, pooling: str) -> None:
+    settings = RetrieverSettings(pooling=pooling)  # type: ignore[arg-type]
+    encoder = Encoder.from_pretrained(model, settings=settings)
+    want = gradients(encoder)
+    names = set(encoder.state_dict())
+    torch._dynamo.reset()
+    fusion.compile_blocks(encoder.backbone)
+    assert_equal(gradients(encoder), want)
+    assert set(encoder.state_dict()) == names
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
+
+
+LIGER = """
+import sys, torch
+from drama import fusion
+from drama.encoder import Encoder
+sys.path.insert(0, {tests!r})
+from test_fusion import assert_equal, gradients
+encoder = Encoder.from_pretrained({model!r})
+want = gradients(encoder)
+names = set(encoder.state_dict())
+fusion.use_liger(encoder.backbone, "cpu")
+import numpy, triton.language as tl
+from triton.runtime import interpreter
+plain = interpreter._implicit_cvt
+def converted(x):  # the compiler makes tensors of a kernel's numbers, the interpreter not of floats
+    if isinstance(x, float):
+        handle = interpreter.TensorHandle(numpy.array([x], numpy.float32), tl.float32)
+        return tl.core.tensor(handle, tl.float32)
+    return plain(x)
+interpreter._implicit_cvt = converted
+for layer in encoder.backbone.layers:  # the interpreter cannot run this kernel; a GPU does
+    del layer.input_layernorm.forward, layer.post_attention_layernorm.forward
+from liger_kernel.ops import LigerSiLUMulFunction as swiglu
+calls = []
+whole = swiglu.forward
+swiglu.forward = staticmethod(lambda *a: calls.append(1) or whole(*a))
+assert_equal(gradients(encoder), want)
+assert set(encoder.state_dict()) == names
+assert len(calls) == 3, calls  # one in each block
+"""
+
+
+@pytest.mark.skipif(not fusion.has_liger(), reason="liger-kernel is not installed")
+def test_ligers_swiglu_and_rope_give_the_same_gradients(model: Path) -> None:
+    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    code = LIGER.format(tests=str(Path(__file__).parent), model=str(model))
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]

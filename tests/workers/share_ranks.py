@@ -1,0 +1,36 @@
+"""`share_out` on gloo ranks.
+
+usage: share_ranks.py FOLDER WORLD BALANCE   (batches.pt) -> rank0.pt, rank1.pt, ...
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from drama.balance import share_out
+from drama.data.batches import RankBatch
+
+
+def work(rank: int, folder: Path, world: int, balance: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    batch = RankBatch(**torch.load(folder / "batches.pt")[rank])
+    share = share_out(batch, balance=balance, group=None)
+    stored = {
+        "rows": [list(map(int, row)) for row in share.rows],
+        "positive_B": torch.from_numpy(share.positive_B),
+        "documents": [torch.from_numpy(numbers) for numbers in share.documents_by_rank],
+        "ids_M": torch.from_numpy(share.ids_M),
+    }
+    torch.save(stored, folder / f"rank{rank}.pt")
+    dist.barrier()  # gloo aborts when a peer closes during teardown
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    mp.spawn(
+        work, (Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1"), nprocs=int(sys.argv[2])
+    )
