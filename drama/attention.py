@@ -125,7 +125,14 @@ def _varlen_declares_gqa() -> bool:
 def _sdpa_per_sequence(
     q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: PackedLayout, scale: float
 ) -> Tensor:
-    """Neighbours of equal length share one call; sorting by length makes long runs of them."""
+    """Neighbours of equal length share one call; sorting by length makes long runs of them.
+
+    On a CPU in float32 whatever the type: torch's bf16 kernel is slower there, forward and backward
+    together 2.0 times at 128 tokens and 1.1 times at 360, and less exact.
+    """
+    dtype = q_THE.dtype
+    if q_THE.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        q_THE, k_TGE, v_TGE = q_THE.float(), k_TGE.float(), v_TGE.float()
     runs = [(length, len(list(group))) for length, group in itertools.groupby(layout.lengths)]
     sizes = [length * count for length, count in runs]
     query_sizes = [count for _, count in runs] if layout.last_query else sizes
@@ -138,7 +145,7 @@ def _sdpa_per_sequence(
             q, k, v, scale=scale, is_causal=layout.causal, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs).to(dtype)
 
 
 def _attention_forward(

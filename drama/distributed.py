@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from drama.console import console
 from drama.errors import UserError
+from drama.memory import keep_freed_memory
 
 if not torch.cuda.is_available():  # else DeepSpeed warns in every process that it found none
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -63,6 +64,7 @@ class Ranks:
             here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
             _prepare_extensions(local_rank)
+            keep_freed_memory()
         try:
             deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
         except (RuntimeError, ValueError) as error:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # limit and present use of this process's control group: version 2, then version 1
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
@@ -51,11 +56,51 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what this process frees, for its next allocation.
+
+    By default every large tensor is mapped from the kernel and given back when it dies: zeroed page
+    by page, each time. A training step allocates the same tensors again and again; without this it
+    is a fifth slower on a CPU. Elsewhere than on glibc nothing happens.
+    """
+    libc = _libc()
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def _freed_bytes() -> int:
+    """What malloc holds and nobody uses."""
+    libc = _libc()
+    if not hasattr(libc, "mallinfo2"):
+        return 0
+    libc.mallinfo2.restype = _MallocInfo
+    return int(libc.mallinfo2().fordblks)
+
+
+class _MallocInfo(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "fordblks", "keepcost",
+        )
+    )  # fmt: skip
+
+
+@functools.cache
+def _libc() -> Any:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows
+        return object()
+
+
 def spare_bytes(device: torch.device) -> int:
     """Bytes that this process may still take, a tenth of the device left alone.
 
-    CUDA: what is free, and what the allocator holds without using it. CPU: what the machine and
-    the control group have left, shared out among the ranks of this machine.
+    Free memory, and what the allocator holds without using it. On the CPU the former is what the
+    machine and the control group have left, shared out among the ranks of this machine.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -70,7 +115,8 @@ def spare_bytes(device: torch.device) -> int:
         # pages of files count as used, but are given up where memory is short
         cached = _statistics(Path(limit_file).parent / "memory.stat").get(file_pages, 0)
         left, total = min(left, limit - used + cached), min(total, limit)
-    return (left - total // 10) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return (left - total // 10) // ranks_here + _freed_bytes()
 
 
 def _number(path: Path) -> int | None:

@@ -1,0 +1,41 @@
+"""Random retrievers of a given shape: speed and memory do not depend on what weights mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, EuroBertConfig, EuroBertModel
+
+from drama.demo import find_llm
+from drama.encoder import Encoder, RetrieverSettings
+from drama.export import export
+from drama.tokenizer import load_tokenizer
+
+
+def random_retriever(folder: Path, shape: dict[str, int]) -> tuple[Path, Encoder]:
+    """Write a bidirectional retriever with SmolLM2's tokenizer; return its folder and itself.
+
+    Raises:
+        UserError: the package that carries the tokenizer is not installed.
+    """
+    source = find_llm()
+    gguf = next(source.glob("*.gguf"))
+    AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    config = EuroBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape["hidden"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        intermediate_size=shape["ffn"],
+        max_position_embeddings=8192,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    encoder = Encoder(EuroBertModel(config), tokenizer, RetrieverSettings(query_prefix=""))
+    out = export(encoder, folder / "retriever")
+    return out, Encoder.from_pretrained(out)

@@ -1,0 +1,93 @@
+"""Measure the training step beside sentence-transformers' cached loss, on whatever is here.
+
+    python launchers/bench_throughput.py                            # 6x384; half an hour on a CPU
+    python launchers/bench_throughput.py --shape drama-base --batches 128
+    python launchers/bench_throughput.py --quick                    # every way once: a minute
+
+First both sweep their chunk size at the smallest batch; then the best of each runs at every batch,
+and ours with each feature off at the smallest. Rows go to benchmarks/throughput.csv as they are
+measured.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from drama.console import console, quiet_libraries
+from drama.errors import exit_on_user_error
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = ROOT / "data" / "demo" / "pairs.jsonl.xz"
+CSV = ROOT / "benchmarks" / "throughput.csv"
+
+
+@click.command(help="Time a training step and its peer; writes one CSV row a figure.")
+@click.option("--shape", type=click.Choice(["6x384", "drama-base"]), default="6x384")
+@click.option("--batches", default="128,512", show_default=True, help="Pairs of a step.")
+@click.option("--pairs", type=click.Path(path_type=Path), default=PAIRS, show_default="the demo's")
+@click.option("--max-tokens", default=512, show_default=True, help="Of a document.")
+@click.option("--rounds", default=3, show_default=True, help="Measured steps of every way.")
+@click.option("--ablation/--no-ablation", default=True, help="Also ours without each feature.")
+@click.option("--quick", is_flag=True, help="16 pairs once; prints, does not write.")
+@click.option("--out", type=click.Path(path_type=Path), default=CSV, show_default="throughput.csv")
+def main(
+    shape: str,
+    batches: str,
+    pairs: Path,
+    max_tokens: int,
+    rounds: int,
+    ablation: bool,
+    quick: bool,
+    out: Path,
+) -> None:
+    """Sweep, then compare at every batch."""
+    with exit_on_user_error("bench_throughput"):
+        quiet_libraries()
+        from drama.bench import throughput as bench
+        from drama.bench.models import random_retriever
+        from drama.bench.rows import Rows
+        from drama.distributed import Ranks
+
+        sizes = [16] if quick else sorted(int(size) for size in batches.split(","))
+        if quick:
+            rounds, max_tokens = 1, 64
+        with Ranks.start() as ranks, tempfile.TemporaryDirectory() as scratch:
+            device, rows = ranks.device, Rows(f"step {shape}", ranks.device)
+            budgets = [4096, 8192] if device.type == "cpu" else [16384, 65536]
+            mini = [16, 32, 64] if device.type == "cpu" else [128, 512]
+            folder, encoder = random_retriever(Path(scratch) / "model", bench.SHAPES[shape])
+            whole = bench.read_pairs(encoder, pairs, sizes[-1], 64, max_tokens)
+
+            def run(ways: Sequence[bench.Way], size: int, rounds: int) -> dict[str, float]:
+                batch = bench.first_pairs(whole, size)
+                note = f"{shape}, {size} pairs, {batch.num_tokens:,} tokens"
+                console.rule(note, align="left")
+                speeds = bench.measure(
+                    *(ways, batch, folder, device, rows),
+                    shape=shape,
+                    rounds=rounds,
+                    note=lambda line: console.print(line, highlight=False),
+                )
+                if not quick:
+                    rows.write(out)  # after each batch: a stopped run keeps what it has
+                return speeds
+
+            our_ways = [bench.Ours(token_budget=b) for b in budgets]
+            their_ways = [bench.Theirs(n) for n in mini]
+            their_ways += [bench.Theirs(num_tokens=b) for b in budgets]
+            speeds = run([*our_ways, *their_ways], sizes[0], 1)
+            ours, theirs = bench.fastest(speeds, our_ways), bench.fastest(speeds, their_ways)
+            for size in sizes:
+                found = run([ours, theirs], size, rounds)
+                ratio = found[str(ours)] / found[str(theirs)]
+                console.print(f"[bold]{size} pairs: {ratio:.2f} times theirs[/]", highlight=False)
+            if ablation:
+                run([ours, *bench.ablation(ours)], sizes[0], rounds)
+
+
+if __name__ == "__main__":
+    main()
