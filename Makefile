@@ -34,8 +34,10 @@ test: setup  ## the tests, without the slow ones
 test-all: setup  ## every test
 	$(BIN)/python -m pytest
 
-bench: setup  ## time the loss beside its peers on this machine: about five minutes
+bench: setup  ## time loss and step beside their peers on this machine: about an hour on two cores
 	$(BIN)/python launchers/bench_kernels.py
+	$(BIN)/python launchers/bench_throughput.py --memory
+	$(BIN)/python launchers/bench_throughput.py
 
 check: setup  ## linter, formatter and types
 	$(BIN)/ruff check .

@@ -32,6 +32,7 @@ setup(
         "PyStemmer",
         "ir-measures",
         "numpy",
+        "psutil",
         "safetensors",
         "pydantic>=2.7",
         "pyyaml",
@@ -41,7 +42,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "cuda": ["flash-attn"],
+        "cuda": ["flash-attn", "liger-kernel"],
         "demo": ["gguf>=0.10", "accelerate", "sentence-transformers>=5.3"],
         "dev": [
             "gguf>=0.10",
@@ -50,6 +51,7 @@ setup(
             "pytest>=8",
             "hypothesis",
             "triton>=3.6; platform_system == 'Linux'",
+            "liger-kernel; platform_system == 'Linux'",
             "ruff==0.17.6",
             "mypy",
             "build",

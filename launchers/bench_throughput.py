@@ -2,6 +2,7 @@
 
     python launchers/bench_throughput.py                            # 6x384; half an hour on a CPU
     python launchers/bench_throughput.py --shape drama-base --batches 128
+    python launchers/bench_throughput.py --memory                   # bytes a token, seconds
     python launchers/bench_throughput.py --quick                    # every way once: a minute
 
 First both sweep their chunk size at the smallest batch; then the best of each runs at every batch,
@@ -33,6 +34,7 @@ CSV = ROOT / "benchmarks" / "throughput.csv"
 @click.option("--rounds", default=3, show_default=True, help="Measured steps of every way.")
 @click.option("--ablation/--no-ablation", default=True, help="Also ours without each feature.")
 @click.option("--quick", is_flag=True, help="16 pairs once; prints, does not write.")
+@click.option("--memory", is_flag=True, help="Only count what graphs of the paper's sizes take.")
 @click.option("--out", type=click.Path(path_type=Path), default=CSV, show_default="throughput.csv")
 def main(
     shape: str,
@@ -42,11 +44,13 @@ def main(
     rounds: int,
     ablation: bool,
     quick: bool,
+    memory: bool,
     out: Path,
 ) -> None:
     """Sweep, then compare at every batch."""
     with exit_on_user_error("bench_throughput"):
         quiet_libraries()
+        from drama.bench import graphs
         from drama.bench import throughput as bench
         from drama.bench.models import random_retriever
         from drama.bench.rows import Rows
@@ -56,9 +60,15 @@ def main(
         if quick:
             rounds, max_tokens = 1, 64
         with Ranks.start() as ranks, tempfile.TemporaryDirectory() as scratch:
-            device, rows = ranks.device, Rows(f"step {shape}", ranks.device)
+            device = ranks.device
+            if memory:
+                counts = Rows("graph", device)
+                graphs.measure(counts)
+                counts.write(out)
+                return
+            rows = Rows(f"step {shape}", device)
             budgets = [4096, 8192] if device.type == "cpu" else [16384, 65536]
-            mini = [16, 32, 64] if device.type == "cpu" else [128, 512]
+            mini = [32, 64] if device.type == "cpu" else [128, 512]
             folder, encoder = random_retriever(Path(scratch) / "model", bench.SHAPES[shape])
             whole = bench.read_pairs(encoder, pairs, sizes[-1], 64, max_tokens)
 
