@@ -65,7 +65,7 @@ class GradCache:
     Args:
         token_budget: tokens a chunk, which bounds the memory of a graph; a longer text is alone.
         keep_graphs: chunks of pass 1 whose graph is kept, at most; "auto" measures in the first
-            step what a graph takes, and keeps what fits in the memory that each step finds.
+            two steps what a graph takes, and keeps what fits in the memory that each step finds.
         reduction: see above; "auto" takes "step" where a full gradient is small beside the memory.
         balance: deal the texts out anew, so that every rank has the same number of tokens.
     """
@@ -95,6 +95,7 @@ class GradCache:
     def backward(self, batch: RankBatch) -> StepOutput:
         """Leave the gradient of the global batch in the engine, reduced; does not step."""
         watch = _Stopwatch(self.device)
+        peak = PeakMemory(self.device) if self.room.measuring else None
         share = share_out(batch, balance=self.balance, group=self.group)
         num_chunks, num_kept = self._agree(share.count_chunks(self.token_budget))
         chunks = share.chunks(num_chunks)
@@ -113,6 +114,8 @@ class GradCache:
 
         self._replay(chunks, packed, graphs, gradient_XD)
         watch.lap("replay")
+        if peak is not None:
+            self.room.learn(peak.taken(), len(graphs))
         return StepOutput(
             loss=result.loss.item(),
             loss_by_prefix=result.loss_P.tolist(),
@@ -217,7 +220,6 @@ class GradCache:
     ) -> None:
         """Pass 2, from the last chunk to the first."""
         at_once = self.reduction == "step"
-        peak = PeakMemory(self.device) if self.room.unknown else None
         with self.engine.coalesce_grad_reduction() if at_once else nullcontext():
             for number in reversed(range(len(chunks))):
                 if not at_once:
@@ -229,11 +231,9 @@ class GradCache:
                     graphs[number] = out_BD.detach()
                 surrogate = (out_BD[: len(chunk)].float() * gradient_XD[chunk].float()).sum()
                 self.engine.backward(surrogate, scale_wrt_gas=False)
-        if peak is not None:
-            self.room.transient = peak.taken()
 
     def _encode_again(self, tokens: PackedBatch) -> Tensor:
-        if not self.room.unknown:
+        if not self.room.measuring:
             return self.engine(tokens)
         module = self.engine.module
         before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
@@ -245,36 +245,50 @@ class GradCache:
         elif module.execution.recompute_blocks:  # blocks' inputs, which autograd does not list
             num_layers = module.backbone.config.num_hidden_layers
             counter.total += num_layers * len(tokens.input_ids_T) * module.dim * out_BD.itemsize
-        self.room.learn(counter.total / len(tokens.input_ids_T))
+        self.room.count_graph(counter.total, len(tokens.input_ids_T))
         return out_BD
 
 
 class _GraphRoom:
     """How many graphs of a full chunk fit beside everything else.
 
-    The first step keeps none and measures: bytes a token of a graph, and what the replay takes at
-    its highest. From then on every step asks what the device has left.
+    The first step keeps none and counts what a graph takes; its peak is what a step needs besides.
+    The second keeps half of what should fit, and its peak corrects the count. From then on every
+    step asks what the device has left.
     """
 
     def __init__(self, device: torch.device, token_budget: int, wanted: KeepGraphs) -> None:
         self.device, self.token_budget, self.wanted = device, token_budget, wanted
-        self.bytes_per_token = 0.0
-        self.transient: int | None = None
+        self.graph_bytes = 0.0  # of a full chunk
+        self.base_bytes = 0  # of a step that keeps none
+        self.steps_measured = 0
 
     @property
-    def unknown(self) -> bool:
-        return self.wanted == "auto" and self.transient is None
+    def measuring(self) -> bool:
+        return self.wanted == "auto" and self.steps_measured < 2
 
-    def learn(self, bytes_per_token: float) -> None:
-        self.bytes_per_token = max(self.bytes_per_token, bytes_per_token)
+    def count_graph(self, num_bytes: int, num_tokens: int) -> None:
+        """A graph of so many tokens takes so many bytes."""
+        self.graph_bytes = max(self.graph_bytes, num_bytes * self.token_budget / num_tokens)
+
+    def learn(self, peak_bytes: int, num_kept: int) -> None:
+        """A step that kept so many graphs took so much at its highest."""
+        self.steps_measured += 1
+        if not num_kept:
+            self.base_bytes = max(self.base_bytes, peak_bytes)
+        else:
+            real = (peak_bytes - self.base_bytes) / num_kept
+            self.graph_bytes = max(self.graph_bytes, real)
 
     def count(self) -> int:
+        """Graphs that this rank may keep in the step that begins."""
         if isinstance(self.wanted, int):
             return self.wanted
-        if self.transient is None or not self.bytes_per_token:
+        if not self.steps_measured or not self.graph_bytes:
             return 0
-        spare = spare_bytes(self.device) - self.transient
-        return max(0, int(spare // (self.bytes_per_token * self.token_budget)))
+        spare = spare_bytes(self.device) - self.base_bytes
+        count = max(0, int(spare // self.graph_bytes))
+        return count // 2 if self.measuring else count
 
 
 class _Stopwatch:

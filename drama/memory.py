@@ -97,10 +97,10 @@ def _libc() -> Any:
 
 
 def spare_bytes(device: torch.device) -> int:
-    """Bytes that this process may still take, a tenth of the device left alone.
+    """Bytes that this process may still take: free memory, and what its allocator holds unused.
 
-    Free memory, and what the allocator holds without using it. On the CPU the former is what the
-    machine and the control group have left, shared out among the ranks of this machine.
+    A tenth of a GPU is left alone, of a CPU's memory a quarter: others take some too, and malloc's
+    holes count as unused. The ranks of a machine share what it, or their control group, has left.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -116,7 +116,7 @@ def spare_bytes(device: torch.device) -> int:
         cached = _statistics(Path(limit_file).parent / "memory.stat").get(file_pages, 0)
         left, total = min(left, limit - used + cached), min(total, limit)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return (left - total // 10) // ranks_here + _freed_bytes()
+    return (left - total // 4) // ranks_here + _freed_bytes()
 
 
 def _number(path: Path) -> int | None:
@@ -137,8 +137,8 @@ def _statistics(path: Path) -> dict[str, int]:
 class PeakMemory:
     """Bytes beyond the present use that a stretch of work takes at its highest.
 
-    CUDA: the allocator's count. CPU: the resident set, whose high-water mark Linux resets on
-    request; where it does not, the mark since the process began.
+    CUDA: the allocator's count. CPU: the resident set, less what malloc held unused at the start;
+    Linux resets its high-water mark on request; elsewhere it is the mark since the process began.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -149,7 +149,7 @@ class PeakMemory:
             return
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        self.before = _resident("VmRSS")
+        self.before = _resident("VmRSS") - _freed_bytes()
 
     def taken(self) -> int:
         """The peak so far, less what was in use at the start."""

@@ -41,7 +41,8 @@ def main(sizes: list[int]) -> None:
             optimizer=torch.optim.AdamW(encoder.parameters(), lr=1e-4),
             config={
                 "train_micro_batch_size_per_gpu": 1,
-                "zero_optimization": {"stage": 1},
+                # by default two gigabytes, which would hide everything else
+                "zero_optimization": {"stage": 1, "reduce_bucket_size": 100_000},
                 "steps_per_print": 2**31,
             },
         )
