@@ -141,11 +141,25 @@ def _sdpa_per_sequence(
         runs, q_THE.split(query_sizes), k_TGE.split(sizes), v_TGE.split(sizes), strict=True
     ):
         q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
+        if layout.last_query:
+            outputs.append(_one_query(q, k, v, scale))
+            continue
         out = F.scaled_dot_product_attention(
             q, k, v, scale=scale, is_causal=layout.causal, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).to(dtype)
+
+
+def _one_query(q_CH1E: Tensor, k_CGLE: Tensor, v_CGLE: Tensor, scale: float) -> Tensor:
+    """One query a sequence over all its keys; returns [C, H, E], C sequences of L tokens.
+
+    Plain products: torch's CPU kernel splits the keys among the threads here, and gives other bits
+    with another number of threads.
+    """
+    q_CGRE = q_CH1E[:, :, 0].unflatten(1, (k_CGLE.shape[1], -1))
+    p_CGRL = torch.softmax(q_CGRE @ k_CGLE.mT * scale, -1)
+    return (p_CGRL @ v_CGLE).flatten(1, 2)
 
 
 def _attention_forward(
