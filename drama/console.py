@@ -42,3 +42,8 @@ def progress(*, disable: bool = False) -> Progress:
         console=console,
         disable=disable,
     )
+
+
+def help_text(docstring: str) -> str:
+    """A script's docstring for Click's help: lines stay as they are, commands included."""
+    return docstring.replace("\n\n", "\n\n\b\n")

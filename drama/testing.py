@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -89,17 +90,19 @@ def contrastive_batch(
     num_columns: int,
     width: int,
     *,
+    cosine: float = 0.67,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> ContrastiveBatch:
-    """Unnormalised queries whose positive has a cosine near 0.67, and documents of which two share
-    an id on average; positives are drawn without repetition."""
+    """Unnormalised queries whose positive has about this cosine, and documents of which two share
+    an id on average; positives are drawn without repetition as far as they reach."""
     generator = torch.Generator().manual_seed(seed)
     k_ND = torch.randn(num_columns, width, generator=generator)
-    positive_B = torch.randperm(num_columns, generator=generator)[:num_rows]
+    drawn_N = torch.randperm(num_columns, generator=generator)
+    positive_B = drawn_N.repeat(-(-num_rows // num_columns))[:num_rows]
     noise_BD = torch.randn(num_rows, width, generator=generator)
-    q_BD = (k_ND[positive_B] + 1.1 * noise_BD) * 3.0
+    q_BD = (k_ND[positive_B] + math.sqrt(cosine**-2 - 1) * noise_BD) * 3.0
     ids_N = torch.randint(0, max(2, num_columns // 2), (num_columns,), generator=generator)
     return ContrastiveBatch(
         q_BD.to(device, dtype), k_ND.to(device, dtype), positive_B.to(device), ids_N.to(device)

@@ -13,7 +13,8 @@ With Gs_p = G_p / (a_p b_p temperature) and H_j = sum_{p >= j} Gs_p, segment j o
 
 All prefixes therefore cost the three GEMMs of the widest one (2*B*N*D FLOP each; four with
 `symmetric`). The gradient is formed in the forward pass and only scaled in the backward pass, so
-the backward pass saves the gradients themselves, B*D + N*D elements of the inputs' dtypes.
+the backward pass saves the gradients themselves, B*D + N*D elements of the inputs' dtypes (float32
+for fp16, whose range a gradient leaves before it is scaled).
 Accumulation and softmax are float32 (float64 for float64 inputs): logits are never rounded to a
 narrower type before exp.
 
@@ -31,11 +32,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from drama.kernels import infonce_plain, infonce_torch
 from drama.kernels.infonce_problem import Evaluation, Problem, owners
@@ -44,6 +47,7 @@ from drama.kernels.infonce_reference import InfoNCEOutput, infonce_reference
 Backend = Literal["auto", "triton", "torch", "plain", "reference"]
 BACKENDS = ("auto", "triton", "torch", "plain", "reference")
 PLAIN_ELEMENTS = 2**18  # up to so many logits the plain matrix is faster (benchmarks/kernels.csv)
+SCALED_AT_ONCE = 2**22  # elements of a gradient that are float32 at a time in the backward pass
 
 
 def infonce(
@@ -63,15 +67,17 @@ def infonce(
     """Contrastive loss of B queries against N documents, cosine similarity (DRAMA section 3.1).
 
     Args:
-        q_BD, k_ND: unnormalised, any float dtype and strides, same device.
-        positive_B: int64, the column of each row's positive.
+        q_BD, k_ND: unnormalised, any float dtype and strides, same device. Norms up to 1e18, since
+            squares are float32 (float64's: 1e150); below 1e-12 they count as 1e-12.
+        positive_B: int64, the column of each row's positive; on a GPU its range is not checked.
         temperature: logits are cosine / temperature; a 0-dim tensor gets its gradient too.
         prefixes: Matryoshka widths, ascending, at most D; default (D,).
         prefix_weights: one factor per prefix; default 1.
         k_ids_N: int64 document ids; columns other than the positive that carry the positive's id
             are no negatives.
         margin: in cosine; columns scoring above positive + margin are no negatives. The positive
-            is never left out.
+            is never left out. A copy of the positive scores the same but for rounding: at margin 0
+            chance decides, ids do not leave it to chance.
         own_negatives: columns that are no row's positive count for their own row only. True: they
             belong to the row of the nearest positive before them, as where documents are laid out
             row by row, positive first (any number of negatives each). An int64 tensor [N] says it
@@ -81,28 +87,32 @@ def infonce(
             left out of the columns too, and so is another row with the same positive.
         backend: "auto" chooses by device and size.
 
-    A row with nothing but its positive has loss 0 and gradient 0.
+    A row with nothing but its positive has loss 0 and gradient 0. The gradient cannot be
+    differentiated again.
 
     Raises:
-        ValueError: shapes, dtypes or prefixes that do not fit, an unknown or absent back end.
+        ValueError: shapes, dtypes, devices or numbers that do not fit, an unknown or absent back
+            end.
     """
-    widths = _check(q_BD, k_ND, positive_B, k_ids_N, prefixes)
-    weights = tuple(float(w) for w in prefix_weights or [1.0] * len(widths))
-    if len(weights) != len(widths):
-        raise ValueError(f"{len(weights)} prefix weights for {len(widths)} prefixes")
-    if isinstance(temperature, Tensor):
-        if temperature.ndim:
-            raise ValueError(f"temperature has shape {tuple(temperature.shape)}, expected a scalar")
-    elif not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, expected a number above 0")
-    if isinstance(own_negatives, Tensor) and own_negatives.shape != k_ND.shape[:1]:
-        raise ValueError(
-            f"own_negatives has shape {tuple(own_negatives.shape)}, expected [{len(k_ND)}]"
-        )
+    _check_vectors(q_BD, k_ND)
+    _check_indices("positive", positive_B, q_BD.shape[:1], q_BD.device)
+    for name, index in (("k_ids", k_ids_N), ("own_negatives", own_negatives)):
+        if isinstance(index, Tensor):
+            _check_indices(name, index, k_ND.shape[:1], q_BD.device)
+        elif index is not None and not isinstance(index, bool):
+            raise ValueError(f"{name} is {index!r}, expected an int64 tensor [{len(k_ND)}]")
+    if own_negatives is None:
+        raise ValueError("own_negatives is None, expected False, True or an int64 tensor")
+    if not torch.compiler.is_compiling() and positive_B.device.type == "cpu":
+        first, last = (int(x) for x in torch.aminmax(positive_B))
+        if first < 0 or last >= len(k_ND):
+            raise ValueError(f"positive holds {first} to {last}, expected 0 to {len(k_ND) - 1}")
+    widths, weights = _check_prefixes(q_BD.shape[1], prefixes, prefix_weights)
+    _check_numbers(temperature, margin, q_BD.device)
     chosen = choose_backend(backend, q_BD, len(k_ND))
     if chosen == "reference":
         with torch.autocast(q_BD.device.type, enabled=False):
-            return infonce_reference(
+            output = infonce_reference(
                 *(q_BD.double(), k_ND.double(), positive_B),
                 temperature=temperature,
                 prefixes=widths,
@@ -112,6 +122,8 @@ def infonce(
                 own_negatives=own_negatives,
                 symmetric=symmetric,
             )
+        loss, loss_P, lse_PB, score_PB = (x.to(_accumulation_dtype(q_BD)) for x in output[:4])
+        return InfoNCEOutput(loss, loss_P, lse_PB, score_PB, output.num_masked_B)
     if not isinstance(temperature, Tensor):
         dtype = _accumulation_dtype(q_BD)
         temperature = torch.full((), temperature, dtype=dtype, device=q_BD.device)
@@ -157,30 +169,52 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check(
-    q_BD: Tensor,
-    k_ND: Tensor,
-    positive_B: Tensor,
-    k_ids_N: Tensor | None,
-    prefixes: Sequence[int] | None,
-) -> tuple[int, ...]:
+def _check_vectors(q_BD: Tensor, k_ND: Tensor) -> None:
     if q_BD.ndim != 2 or k_ND.ndim != 2 or q_BD.shape[1] != k_ND.shape[1]:
         raise ValueError(f"q {tuple(q_BD.shape)} and k {tuple(k_ND.shape)} must be [B, D], [N, D]")
     if not q_BD.numel() or not k_ND.numel():
         raise ValueError(f"q {tuple(q_BD.shape)} and k {tuple(k_ND.shape)} must not be empty")
     if not q_BD.is_floating_point() or q_BD.dtype != k_ND.dtype:
         raise ValueError(f"q is {q_BD.dtype} and k {k_ND.dtype}; both must be of one float type")
-    if positive_B.shape != q_BD.shape[:1] or positive_B.dtype != torch.int64:
+    if q_BD.device != k_ND.device:
+        raise ValueError(f"q is on {q_BD.device} and k on {k_ND.device}; both must be on one")
+
+
+def _check_indices(name: str, x: Tensor, shape: torch.Size, device: torch.device) -> None:
+    if x.shape != shape or x.dtype != torch.int64 or x.device != device:
         raise ValueError(
-            f"positive is {positive_B.dtype} of shape {tuple(positive_B.shape)}, expected "
-            f"int64 [{len(q_BD)}]"
+            f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}, expected int64 "
+            f"[{shape[0]}] on {device}"
         )
-    if k_ids_N is not None and k_ids_N.shape != k_ND.shape[:1]:
-        raise ValueError(f"k_ids has shape {tuple(k_ids_N.shape)}, expected [{len(k_ND)}]")
-    widths = tuple(prefixes or [q_BD.shape[1]])
-    if list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] > q_BD.shape[1]:
-        raise ValueError(f"prefixes {widths} must ascend within 1..{q_BD.shape[1]}")
-    return widths
+
+
+def _check_prefixes(
+    width: int, prefixes: Sequence[int] | None, prefix_weights: Sequence[float] | None
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    widths = (width,) if prefixes is None else tuple(int(w) for w in prefixes)
+    if not widths or list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] > width:
+        raise ValueError(f"prefixes {widths} must ascend within 1..{width}")
+    weights = (1.0,) * len(widths)
+    if prefix_weights is not None:
+        weights = tuple(float(w) for w in prefix_weights)
+    if len(weights) != len(widths):
+        raise ValueError(f"{len(weights)} prefix weights for {len(widths)} prefixes")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"prefix weights {weights} must be finite numbers")
+    return widths, weights
+
+
+def _check_numbers(temperature: float | Tensor, margin: float | None, device: torch.device) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.ndim or temperature.device != device:
+            raise ValueError(
+                f"temperature has shape {tuple(temperature.shape)} on {temperature.device}, "
+                f"expected a scalar on {device}"
+            )
+    elif not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected a number above 0")
+    if margin is not None and math.isnan(margin):
+        raise ValueError("margin is not a number")
 
 
 def _run(
@@ -222,7 +256,7 @@ def _run(
         loss = weighted.sum()
     inputs = (q_BD, k_ND, temperature)
     dq_BD, dk_ND, dtemperature = (
-        x.new_empty(0) if grad is None else grad.to(x.dtype)
+        x.new_empty(0) if grad is None else grad.to(_saved_dtype(x))
         for grad, x in zip(done[4:], inputs, strict=True)
     )
     statistics = (loss_P, done.lse_PB, done.positive_score_PB, done.num_masked_B)
@@ -238,14 +272,21 @@ def _evaluate(problem: Problem, backend: str, *, with_gradient: bool) -> Evaluat
     return done
 
 
-def _scale(
-    gradients: Sequence[Tensor], grad_loss: Tensor, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of q, k and temperature, each in its input's dtype, where needed."""
-    return [
-        g * (grad_loss if g.dtype == grad_loss.dtype else grad_loss.to(g.dtype)) if wanted else None
-        for g, wanted in zip(gradients, needed, strict=True)
-    ]
+def _saved_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * grad_loss in `dtype`, rounded once: a factor in fp16 may be infinite, in bf16
+    every entry would be off by its rounding."""
+    if gradient.dtype == grad_loss.dtype == dtype:
+        return gradient * grad_loss
+    out = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
+    piece = max(1, SCALED_AT_ONCE // max(1, gradient.shape[-1] if gradient.ndim else 1))
+    flat, flat_out = torch.atleast_1d(gradient), torch.atleast_1d(out)
+    for at in range(0, len(flat), piece):
+        flat_out[at : at + piece] = flat[at : at + piece].to(grad_loss.dtype) * grad_loss
+    return out
 
 
 class _Eager(torch.autograd.Function):
@@ -264,22 +305,32 @@ class _Eager(torch.autograd.Function):
         output = _run(q_BD, k_ND, positive_B, temperature, *options)
         statistics += output[1:5]
         ctx.save_for_backward(*output[5:])
+        ctx.dtypes = q_BD.dtype, k_ND.dtype, temperature.dtype
         return output[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         needed = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])
-        dq_BD, dk_ND, dtemperature = _scale(ctx.saved_tensors, grad_loss, needed)
+        dq_BD, dk_ND, dtemperature = (
+            _scaled(g, grad_loss, dtype) if wanted else None
+            for g, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
+        )
         return dq_BD, dk_ND, None, dtemperature, None, None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[5:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype, inputs[3].dtype
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    dq_BD, dk_ND, dtemperature = _scale(ctx.saved_tensors, grad_loss, (True, True, True))
+    # plain operators: the compiler fuses them, and cuts into pieces as it likes
+    dq_BD, dk_ND, dtemperature = (
+        (g.to(grad_loss.dtype) * grad_loss).to(dtype)
+        for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    )
     return (dq_BD, dk_ND, None, dtemperature, *[None] * 8)
 
 
@@ -298,7 +349,7 @@ def _infonce(
     backend: str,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_run` for torch.compile, which wants outputs that share no memory."""
+    """`_run` for torch.compile, which wants contiguous outputs that share no memory."""
     options = (widths, weights, k_ids_N, margin, owner_N, symmetric, backend, with_gradient)
     output = _run(q_BD, k_ND, positive_B, temperature, *options)
     loss, loss_P, lse, score, masked, dq, dk, dt = map(_alone, output)
@@ -306,6 +357,7 @@ def _infonce(
 
 
 def _alone(x: Tensor) -> Tensor:
+    x = x.contiguous()
     whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
     return x if whole else x.clone()
 
@@ -323,5 +375,8 @@ def _(
         q_BD.new_empty(shape, dtype=dtype)
         for shape in ((), (num_prefixes,), (num_prefixes, num_rows), (num_prefixes, num_rows))
     ]
-    gradients = [x.new_empty(x.shape if with_gradient else 0) for x in (q_BD, k_ND, temperature)]
+    gradients = [
+        x.new_empty(x.shape if with_gradient else 0, dtype=_saved_dtype(x))
+        for x in (q_BD, k_ND, temperature)
+    ]
     return (*statistics, positive_B.new_empty(num_rows), *gradients)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 EXP, STATISTICS, GRADIENT = 0, 1, 2  # what the scores kernel writes
 FINISH_ROWS = 32
+WIDEST = 64  # of all blocks' widths
 
 
 class Config(NamedTuple):
@@ -32,30 +33,56 @@ class Config(NamedTuple):
 
 
 # What compiles without a spill and within the shared memory, in every mode, with ids and margin
-# (tests/kernels/test_infonce_triton.py compiles each). With several prefixes the accumulator lives
-# on through the epilogue, so tiles are smaller. By bytes of an element.
-_SAFE = {2: (Config(64, 64, 32, 8, 2),), 4: (Config(32, 32, 32, 4, 2),)}
-_ONE_PREFIX = {
+# (tests/kernels/test_infonce_aot.py compiles each). With several prefixes the accumulator lives on
+# through the epilogue, so tiles are smaller; masks of ragged widths and owners take registers too.
+# By bytes of an element.
+_Lists = dict[int, tuple[Config, ...]]
+_SAFE: _Lists = {2: (Config(32, 32, 32, 4, 2),), 4: (Config(32, 32, 32, 4, 2),)}
+_PLAIN_ONE = {
     2: (Config(128, 64, 64, 8, 3), Config(64, 128, 64, 8, 3), Config(64, 64, 64, 8, 3)),
     4: (Config(64, 64, 32, 8, 2), Config(64, 32, 32, 4, 2)),
 }
-_MORE_PREFIXES = {
-    "sm_80": {2: (Config(128, 32, 64, 8, 3), *_SAFE[2]), 4: (Config(64, 32, 32, 4, 2),)},
-    "sm_90": {
-        2: (Config(64, 64, 64, 8, 3), Config(128, 32, 64, 8, 3), *_SAFE[2]),
-        4: (Config(64, 64, 32, 8, 2), Config(64, 32, 32, 4, 2)),
+_ANY_ONE = {2: (Config(64, 64, 64, 8, 3), Config(128, 32, 64, 8, 3)), 4: _PLAIN_ONE[4]}
+_PLAIN_MORE: dict[str, _Lists] = {
+    "sm_80": {
+        2: (Config(128, 32, 64, 8, 3), Config(64, 64, 32, 8, 2)),
+        4: (Config(64, 32, 32, 8, 2),),
     },
-    "sm_100": {2: (Config(128, 32, 64, 8, 3), *_SAFE[2]), 4: _SAFE[4]},
-    "gfx942": {2: (Config(64, 64, 64, 8, 3), *_SAFE[2]), 4: (Config(64, 64, 32, 8, 2),)},
+    "sm_90": {
+        2: (Config(64, 64, 64, 8, 3), Config(128, 32, 64, 8, 3), Config(64, 64, 32, 8, 2)),
+        4: (Config(64, 64, 32, 8, 2), Config(64, 32, 32, 8, 2)),
+    },
+    "sm_100": {
+        2: (Config(128, 32, 64, 8, 3), Config(64, 64, 32, 8, 2)),
+        4: (Config(64, 64, 32, 8, 2),),
+    },
+    "gfx942": {
+        2: (Config(64, 64, 64, 8, 3), Config(64, 64, 32, 8, 2)),
+        4: (Config(64, 64, 32, 8, 2),),
+    },
+}
+_NARROW = (Config(64, 32, 64, 8, 2), Config(64, 32, 32, 8, 2))
+_ANY_MORE: dict[str, _Lists] = {
+    "sm_80": {2: _NARROW, 4: (Config(64, 32, 32, 8, 2),)},
+    "sm_90": {2: _NARROW, 4: (Config(64, 32, 32, 8, 2),)},
+    "sm_100": {2: _NARROW, 4: (Config(32, 32, 32, 8, 2),)},
+    "gfx942": {2: _SAFE[2], 4: (Config(64, 32, 32, 4, 2),)},
 }
 
 
-def candidates(target: str, element_size: int, num_prefixes: int) -> tuple[Config, ...]:
-    """Configurations to choose from by measuring; for a GPU that is not listed the smallest."""
-    if target not in _MORE_PREFIXES:
+def candidates(
+    target: str, element_size: int, num_prefixes: int, *, plain: bool
+) -> tuple[Config, ...]:
+    """Configurations to choose from by measuring; for a GPU that is not listed the smallest.
+
+    plain: no owners, and prefixes that are multiples of `WIDEST`; anything else takes more
+    registers.
+    """
+    if target not in _PLAIN_MORE:
         return _SAFE[element_size]
-    lists = _ONE_PREFIX if num_prefixes == 1 else _MORE_PREFIXES[target]
-    return lists[element_size]
+    if num_prefixes == 1:
+        return (_PLAIN_ONE if plain else _ANY_ONE)[element_size]
+    return (_PLAIN_MORE if plain else _ANY_MORE)[target][element_size]
 
 
 @triton.jit

@@ -96,5 +96,6 @@ def _gradient(
     torch.mm(g_BN, unit_RD[num_rows:], out=d_RD[:num_rows])
     torch.mm(g_BN.T, unit_RD[:num_rows], out=d_RD[num_rows:])
     along_R1 = (d_RD * unit_RD).sum(1, keepdim=True)
-    d_RD.addcmul_(unit_RD, along_R1, value=-1).div_(norm_R1.mul_(temperature))
+    pull_R1 = along_R1 * (norm_R1 > EPS)  # a norm that was too short to be one stays EPS
+    d_RD.addcmul_(unit_RD, pull_R1, value=-1).div_(norm_R1.mul_(temperature))
     return d_RD, along_R1[:num_rows].sum().div_(-temperature.square())

@@ -67,6 +67,11 @@ def inverse_norms(x_RD: Tensor, widths: tuple[int, ...]) -> Tensor:
     return torch.stack(norms).clamp_min_(EPS).reciprocal_()
 
 
+def is_normed(inverse_PR: Tensor) -> Tensor:
+    """Where a norm is a norm and not EPS, which does not change with the vector."""
+    return inverse_PR < 0.99 / EPS
+
+
 def owners(positive_B: Tensor, num_columns: int) -> Tensor:
     """Owner of every column where documents are laid out row by row, positive first, [N]."""
     columns_N = torch.arange(num_columns, device=positive_B.device)
@@ -110,7 +115,8 @@ def remove_pull(
 
     Prefix p does not change when x[:d_p] grows, so its part of the gradient has no component along
     x[:d_p]. c_PR: what that component is, x . raw of prefix p alone, for all but the widest prefix;
-    the widest's is what is left of x . raw. Returns x . raw, [R].
+    the widest's is what is left of x . raw. inverse_squares_PR: 0 where a norm was too short to be
+    one, so that nothing was renormalised. Returns x . raw, [R].
     """
     # in pieces: whole, the products and casts would be as large as the gradient
     piece = (2**25 if x_RD.is_cuda else 2**20) // widths[-1] + 1

@@ -30,6 +30,7 @@ from drama.kernels.infonce_problem import (
     Problem,
     column_targets,
     inverse_norms,
+    is_normed,
     remove_pull,
 )
 
@@ -106,10 +107,10 @@ def _backward(scores: _Scores, targets: tuple[Tensor, Tensor] | None) -> tuple[T
             dk_ND[:, segment].addmm_(h_CN.T, q_BD[chunk, segment])
 
     temperature, num_rows = problem.temperature, len(q_BD)
-    total_B = remove_pull(
-        dq_BD, q_BD, row_PB, (scores.ra_PB * temperature).square_(), problem.widths
-    )
-    remove_pull(dk_ND, k_ND, column_PN, scores.rb_PN.square(), problem.widths)
+    squares_PB = (scores.ra_PB * temperature).square_() * is_normed(scores.ia_PB)
+    squares_PN = scores.rb_PN.square() * is_normed(scores.ib_PN)
+    total_B = remove_pull(dq_BD, q_BD, row_PB, squares_PB, problem.widths)
+    remove_pull(dk_ND, k_ND, column_PN, squares_PN, problem.widths)
     dq_BD *= (scores.ia_PB[-1] / (temperature * num_rows))[:, None]
     dk_ND *= (scores.ib_PN[-1] / num_rows)[:, None]
     return (

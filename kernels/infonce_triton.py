@@ -13,6 +13,9 @@ Three GEMMs and 10 bytes of traffic a logit and prefix in bf16 (write, read, wri
 work memory `WORK_BYTES`. Rounding to bf16 happens to E, which is relative to its tile, and to H;
 exponents, sums, norms, the positive's logit and everything about the loss are float32.
 
+fp16 has no range for H, products of inverse norms: its vectors are scaled by powers of two first,
+which is exact, and its gradients come out in float32.
+
 The positive is left out of E and of the sums: with L the logsumexp of the negatives,
 loss = log(1 + exp(L - z_pos)), and its gradient is expm1(-loss). Both keep their digits where a row
 is solved, and a row without negatives has exactly 0.
@@ -39,6 +42,7 @@ from drama.kernels.infonce_kernels import (
     FINISH_ROWS,
     GRADIENT,
     STATISTICS,
+    WIDEST,
     Config,
     candidates,
     finish_kernel,
@@ -49,10 +53,13 @@ from drama.kernels.infonce_problem import (
     Problem,
     column_targets,
     inverse_norms,
+    is_normed,
     remove_pull,
 )
 
 WORK_BYTES = 2**29  # of E, all prefixes
+FP16_UNIT = 1 / 32  # a norm near 1 counts as 32: H up to 2^12, and small entries keep their digits
+FP16_MOST = 255.0  # of a factor, so that two of them stay finite: a prefix of next to no length
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 _fastest: dict[tuple[Any, ...], Config] = {}
 
@@ -73,15 +80,24 @@ class _Evaluator:
         self.widths = torch.tensor((0, *widths), dtype=torch.int32).to(device, non_blocking=True)
         self.weights_P1 = torch.tensor(problem.weights).to(device, non_blocking=True)[:, None]
         self.ia_PB, self.ib_PN = inverse_norms(self.q_BD, widths), inverse_norms(self.k_ND, widths)
+        self.normed_PB, self.normed_PN = is_normed(self.ia_PB), is_normed(self.ib_PN)
+        self.q_scale_B1 = self.k_scale_N1 = None
+        self.gradient_dtype = self.q_BD.dtype
+        # H is stored as if the vectors' mean norm were 1 and the largest weight too
+        unit_q, unit_k = (1 / (1 / x[-1]).mean() for x in (self.ia_PB, self.ib_PN))
+        most = math.inf
+        if self.q_BD.dtype == torch.float16:
+            self.q_BD, self.ia_PB, self.q_scale_B1 = _near_one(self.q_BD, self.ia_PB)
+            self.k_ND, self.ib_PN, self.k_scale_N1 = _near_one(self.k_ND, self.ib_PN)
+            self.gradient_dtype = torch.float32
+            unit_q = unit_k = torch.full_like(unit_q, FP16_UNIT)
+            most = FP16_MOST
+        largest = max(map(abs, problem.weights)) or 1.0
         self.to_base2 = LOG2E / problem.temperature
-        # gradients are stored as if the vectors' mean norm were 1, and in fp16 a vector far shorter
-        # than that gets less: within its range, where one infinity would spoil every sum
-        self.unit_q, self.unit_k = (1 / (1 / x[-1]).mean() for x in (self.ia_PB, self.ib_PN))
-        most = 128.0 if self.q_BD.dtype == torch.float16 else math.inf
-        self.row_factor_PB = (self.ia_PB / self.unit_q).clamp_max(most) * self.weights_P1
-        self.column_factor_PN = (self.ib_PN / self.unit_k).clamp_max(most)
-        # what turns sums over stored gradients into sums over real ones
-        self.unit = 1 / (self.unit_q * self.unit_k)
+        self.row_factor_PB = (self.ia_PB / unit_q).clamp_max(most) * (self.weights_P1 / largest)
+        self.column_factor_PN = (self.ib_PN / unit_k).clamp_max(most)
+        # what turns sums over real gradients into sums over stored ones, and back
+        self.unit = 1 / (unit_q * unit_k * largest)
         self.scale = 1 / (self.unit * problem.temperature * self.num_rows)
         self.ids_B = None if problem.k_ids_N is None else problem.k_ids_N[problem.positive_B]
         per_row = self.q_BD.element_size() * self.num_columns * len(widths)
@@ -94,7 +110,9 @@ class _Evaluator:
         self.z_PB, self.loss_PB = (self.ia_PB.new_empty(shape) for _ in range(2))
         self.num_masked_B = torch.empty_like(problem.positive_B)
         if with_gradient:
-            self.dq_BD = self.q_BD.new_empty(self.num_rows, problem.widths[-1])
+            self.dq_BD = self.q_BD.new_empty(
+                self.num_rows, problem.widths[-1], dtype=self.gradient_dtype
+            )
             self.dk_ND = self.ib_PN.new_zeros(self.num_columns, problem.widths[-1])
             self.total = self.ia_PB.new_zeros(())
             self.c_PN = self.ib_PN.new_zeros(num_prefixes - 1, self.num_columns)
@@ -217,11 +235,15 @@ class _Evaluator:
 
     def _config(self, mode: int, run: Any) -> Config:
         """The fastest of the configurations that fit this GPU, measured once for a kind of call."""
+        has_owners = self.problem.owner_N is not None
         options = candidates(
-            _target(self.q_BD.device), self.q_BD.element_size(), len(self.problem.widths)
+            _target(self.q_BD.device),
+            self.q_BD.element_size(),
+            len(self.problem.widths),
+            plain=not has_owners and all(w % WIDEST == 0 for w in self.problem.widths),
         )
         width = triton.next_power_of_2(self.problem.widths[-1])
-        key = (self.q_BD.device, self.q_BD.dtype, mode, width, options)
+        key = (self.q_BD.device, self.q_BD.dtype, mode, width, has_owners, options)
         if key not in _fastest:
             times = (
                 [triton.testing.do_bench(lambda c=c: run(c), warmup=5, rep=20) for c in options]
@@ -259,17 +281,33 @@ class _Evaluator:
             _add_product(dq_CD[:, a:b], h_CN, self.k_ND[:, a:b])
             _add_product(self.dk_ND[:, a:b], h_CN.T, q_CD[:, a:b])
         c_PC = gz_PC * self.weights_P1[:-1] * (self.unit / self.to_base2)
-        self.total += remove_pull(dq_CD, q_CD, c_PC, self.ia_PB[:, rows] ** 2, widths).sum()
-        self.dq_BD[rows] = dq_CD * self.scale
+        squares_PC = self.ia_PB[:, rows] ** 2 * self.normed_PB[:, rows]
+        self.total += remove_pull(dq_CD, q_CD, c_PC, squares_PC, widths).sum()
+        dq_CD *= self.scale
+        if self.q_scale_B1 is not None:
+            dq_CD *= self.q_scale_B1[rows]
+        self.dq_BD[rows] = dq_CD
 
     def _with_gradients(self, done: Evaluation) -> Evaluation:
         problem, c_PN = self.problem, self.c_PN * (self.unit / self.to_base2)
-        remove_pull(self.dk_ND, self.k_ND, c_PN, self.ib_PN**2, problem.widths)
+        squares_PN = self.ib_PN**2 * self.normed_PN
+        remove_pull(self.dk_ND, self.k_ND, c_PN, squares_PN, problem.widths)
+        if self.k_scale_N1 is not None:
+            self.dk_ND *= self.k_scale_N1
         return done._replace(
             dq_BD=problem.at_full_width(self.dq_BD),
             dk_ND=problem.at_full_width(self.dk_ND.mul_(self.scale)),
             dtemperature=-self.total * self.scale / problem.temperature,
         )
+
+
+def _near_one(x_RD: Tensor, inverse_PR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows times a power of two that brings the narrowest prefix's norm between 1/2 and 1, and the
+    widest's to 2^12 at most; their inverse norms; the powers, [R, 1]."""
+    narrow_R, wide_R = (torch.frexp(1 / x).exponent for x in (inverse_PR[0], inverse_PR[-1]))
+    exponent_R = torch.maximum(narrow_R, wide_R - 12)
+    scale_R1 = torch.ldexp(torch.ones_like(inverse_PR[0]), -exponent_R)[:, None]
+    return (x_RD.float() * scale_R1).half(), inverse_PR / scale_R1.T, scale_R1
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:

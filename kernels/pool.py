@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -65,7 +66,8 @@ def pool_last(
         normalize: divide by the L2 norm.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown or absent back end.
+        ValueError: shapes or dtypes that do not fit, an unknown or absent back end; on the CPU also
+            an empty sequence.
     """
     _check(hidden_TD, cu_seqlens, weight_D)
     return _pool(hidden_TD, cu_seqlens, weight_D, "last", eps, normalize, backend)[0]
@@ -93,21 +95,26 @@ class PooledNorm(nn.Module):
     read in this module's forward, since under ZeRO-3 a weight is empty outside of it.
     """
 
-    def __init__(self, norm: Any, pooling: Pooling) -> None:
+    def __init__(self, norm: Any, pooling: Pooling, *, normalize: bool = False) -> None:
         super().__init__()
         self.weight: nn.Parameter = norm.weight
         self.variance_epsilon: float = norm.variance_epsilon
-        self.pooling = pooling
+        self.pooling, self.normalize = pooling, normalize
 
     def forward(self, hidden: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Pool packed states [T, D] to [B, D]; without `cu_seqlens` only norm, any shape."""
         if cu_seqlens is None:
             return rms_norm(hidden, self.weight, self.variance_epsilon)
         pool = pool_last if self.pooling == "last" else pool_mean
-        return pool(hidden, cu_seqlens, self.weight, eps=self.variance_epsilon)
+        return pool(
+            hidden, cu_seqlens, self.weight, eps=self.variance_epsilon, normalize=self.normalize
+        )
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}, pooling={self.pooling}"
+        return (
+            f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}, pooling={self.pooling}, "
+            f"normalize={self.normalize}"
+        )
 
 
 def choose_backend(backend: str, hidden_TD: Tensor) -> str:
@@ -142,6 +149,13 @@ def _check(hidden_TD: Tensor, cu_seqlens: Tensor, weight_D: Tensor | None) -> No
             f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected "
             "int32 or int64 [B + 1]"
         )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        whole = len(bounds) > 1 and bounds[0] == 0 and bounds[-1] == len(hidden_TD)
+        if not whole or any(a >= b for a, b in pairwise(bounds)):
+            raise ValueError(
+                f"cu_seqlens must ascend from 0 to {len(hidden_TD)} tokens, no sequence empty"
+            )
     if weight_D is not None and weight_D.shape != hidden_TD.shape[1:]:
         raise ValueError(
             f"weight has shape {tuple(weight_D.shape)}, expected [{hidden_TD.shape[1]}]"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 
-from drama.console import console, quiet_libraries
+from drama.console import console, help_text, quiet_libraries
 from drama.errors import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ PAIRS = ROOT / "data" / "demo" / "pairs.jsonl.xz"
 CSV = ROOT / "benchmarks" / "throughput.csv"
 
 
-@click.command(help="Time a training step and its peer; writes one CSV row a figure.")
+@click.command(help=help_text(__doc__))
 @click.option("--shape", type=click.Choice(["6x384", "drama-base"]), default="6x384")
 @click.option("--batches", default="128,512", show_default=True, help="Pairs of a step.")
 @click.option("--pairs", type=click.Path(path_type=Path), default=PAIRS, show_default="the demo's")
