@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,13 +57,15 @@ class Ranks:
             os.environ.update({key: str(value) for key, value in alone.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        # torchrun's name; DeepSpeed's launcher has another, mpirun none
+        here = os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])
+        ranks_here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", here))
         if torch.cuda.is_available():
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         else:
             device = torch.device("cpu")
-            here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
             _prepare_extensions(local_rank)
             keep_freed_memory()
         try:
@@ -77,6 +80,8 @@ class Ranks:
         yield cls(dist.get_rank(), dist.get_world_size(), device)
         # nobody leaves before everybody is done: gloo aborts when a peer closes during teardown
         dist.barrier()
+        if local_rank == 0:
+            _drop_shared_buffers(f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}")
         dist.destroy_process_group()
 
 
@@ -90,12 +95,35 @@ def _prepare_extensions(local_rank: int) -> None:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     if local_rank != 0 or "TORCH_EXTENSIONS_DIR" not in os.environ:
         return
+    _drop_shared_buffers()
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     for lock in folder.glob("*/lock"):
         if not _is_open(lock):
             lock.unlink(missing_ok=True)
     if not list(folder.glob("deepspeed_shm_comm/*.so")):
         console.print("DeepSpeed compiles its shared-memory op: about 30 s, once")
+
+
+def _drop_shared_buffers(run: str = "*") -> None:
+    """Remove buffers of DeepSpeed's CPU op: 64 MiB a rank that it leaves in the machine's memory.
+
+    run: address and port of a run that has ended; default, all runs that no process belongs to.
+    """
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{run}_*"):
+        if run != "*" or not _is_mapped(buffer):
+            buffer.unlink(missing_ok=True)
+
+
+def _is_mapped(path: Path) -> bool:
+    """Whether a process of this machine uses the file as memory, or it is too young to tell."""
+    with contextlib.suppress(OSError):
+        if time.time() - path.stat().st_mtime < 60:
+            return True
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if str(path) in maps.read_text():
+                return True
+    return False
 
 
 def _is_open(path: Path) -> bool:

@@ -1,6 +1,8 @@
 """Joining the ranks: what a stopped compile leaves behind must not stop the next run."""
 
+import mmap
 import os
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +40,22 @@ def test_a_lock_that_is_held_stays(extensions):
 
 def test_free_ports_are_ports():
     assert 1024 <= free_port() < 65536
+
+
+def test_buffers_that_a_killed_run_left_are_dropped(extensions):
+    """A mapped one stays, and so does one that may be about to be mapped."""
+    names = (f"deepspeed_allreduce_buffer_{os.getuid()}_test-{kind}_1_0" for kind in "abc")
+    left, mapped, young = (Path("/dev/shm") / name for name in names)
+    try:
+        for path in (left, mapped, young):
+            path.write_bytes(bytes(4096))
+        for path in (left, mapped):
+            os.utime(path, (0, 0))
+        with mapped.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+            _prepare_extensions(local_rank=0)
+        assert not left.exists()
+        assert mapped.exists()
+        assert young.exists()
+    finally:
+        for path in (left, mapped, young):
+            path.unlink(missing_ok=True)
