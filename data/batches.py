@@ -5,6 +5,7 @@ T packed tokens, B sequences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from drama.data.records import Document, Record, content_id, document_hash64
+from drama.data.records import Document, Record, content_id, document_hash64, query_hash64
 from drama.data.stream import LaneOrder, ShardSet
 from drama.tokenizer import TextEncoder
 
@@ -94,12 +95,25 @@ class RankBatch:
 
     The first `num_queries` documents are the positives, in query order; hard negatives follow.
     document_ids: int64 [documents], equal ids mean equal documents. num_cut: texts that were cut.
+    query_ids: int64 [queries], ids of the queries' texts. negatives_of: int64 [hard negatives], the
+    query of each. scores: float64 [documents], a teacher's score for a document and its query, NaN
+    where there is none.
     """
 
     rows: list[list[int]]
     num_queries: int
     document_ids: Tensor
     num_cut: int
+    query_ids: Tensor
+    negatives_of: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of_pairs(cls, rows: list[list[int]], document_ids: Tensor) -> RankBatch:
+        """Queries and as many positives, without hard negatives, scores or ids of queries."""
+        count, none = len(document_ids), torch.empty(0, dtype=torch.int64)
+        unknown = torch.full((count,), torch.nan, dtype=torch.float64)
+        return cls(rows, count, document_ids, 0, torch.zeros_like(document_ids), none, unknown)
 
     @property
     def num_tokens(self) -> int:
@@ -135,12 +149,20 @@ class RankBatches(Dataset[RankBatch]):
     def __getitem__(self, step: int) -> RankBatch:
         epoch, batch = divmod(step, self.order.batches_per_epoch)
         indices = self.order.rank_indices(epoch, batch, self.rank, self.world_size)
-        records = [self.shards.read(int(i)) for i in indices]
+        return self.of_records([self.shards.read(int(i)) for i in indices], indices, epoch)
+
+    def of_records(
+        self, records: Sequence[Record], indices: Sequence[int] | np.ndarray, epoch: int
+    ) -> RankBatch:
+        """Rows of these records; `indices` and `epoch` decide which documents are drawn."""
         drawn = [
             self._draw(record, epoch, int(i)) for record, i in zip(records, indices, strict=True)
         ]
         positives = [positive for positive, _ in drawn]
         documents = positives + [doc for _, negatives in drawn for doc in negatives]
+        counts = [len(negatives) for _, negatives in drawn]
+        negatives_of = np.repeat(np.arange(len(records)), counts)
+        owners = [*range(len(records)), *negatives_of.tolist()]
         queries, cut_queries = self.tokenize(
             [record.query for record in records], "query", self.max_query_tokens
         )
@@ -151,8 +173,18 @@ class RankBatches(Dataset[RankBatch]):
         )
         # by content, not by id: two sources may both call a document "1"
         ids = [document_hash64(content_id(d.title, d.text)) for d in documents]
+        scores = [
+            (records[owner].scores or {}).get(document.id, math.nan)
+            for owner, document in zip(owners, documents, strict=True)
+        ]
         return RankBatch(
-            queries + texts, len(queries), torch.tensor(ids), cut_queries + cut_documents
+            queries + texts,
+            len(queries),
+            torch.tensor(ids),
+            cut_queries + cut_documents,
+            query_ids=torch.tensor([query_hash64(record.query) for record in records]),
+            negatives_of=torch.from_numpy(negatives_of),
+            scores=torch.tensor(scores, dtype=torch.float64),
         )
 
     def _draw(self, record: Record, epoch: int, index: int) -> tuple[Document, list[Document]]:

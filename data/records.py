@@ -38,6 +38,11 @@ def document_hash64(document_id: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def query_hash64(query: str) -> int:
+    """A query's id as a signed 64-bit integer: not that of a document with the same text."""
+    return document_hash64("query " + content_id("", query))
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """One document. An empty `id` becomes `content_id(title, text)`."""

@@ -18,24 +18,32 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from drama.data.batches import RankBatch, count_chunks, even_chunks
 from drama.gather import all_gather
+from drama.targets import Targets
 
 
 @dataclass
 class Share:
     """What one rank encodes: token rows of queries, then of documents, each shortest first.
 
-    positive_B: number of each query's positive document. documents_by_rank: the documents' numbers,
-    in the order in which each rank holds them. ids_M: int64, the documents' ids by number.
+    query_B: numbers of its queries; query_ids_B: ids of their texts. documents_by_rank: the
+    documents' numbers, in the order in which each rank holds them; queries_of_ranks: how many
+    queries each holds. By number of a document: ids_M, its id; query_M, the number of the query
+    that it was read with; score_M, a teacher's score. positive_Q: by number of a query, its
+    positive document.
     """
 
     rows: Sequence[Sequence[int]]
-    positive_B: np.ndarray
+    query_B: np.ndarray
+    query_ids_B: np.ndarray
     documents_by_rank: list[np.ndarray]
+    queries_of_ranks: tuple[int, ...]
     ids_M: np.ndarray
+    query_M: np.ndarray
+    score_M: np.ndarray
+    positive_Q: np.ndarray
     order: list[int] = field(init=False)  # row numbers, shortest row first
 
     def __post_init__(self) -> None:
@@ -43,7 +51,7 @@ class Share:
 
     @property
     def num_queries(self) -> int:
-        return len(self.positive_B)
+        return len(self.query_B)
 
     def count_chunks(self, token_budget: int) -> int:
         return count_chunks([len(self.rows[i]) for i in self.order], token_budget)
@@ -53,8 +61,8 @@ class Share:
         lengths = [len(self.rows[i]) for i in self.order]
         return [[self.order[i] for i in chunk] for chunk in even_chunks(lengths, num_chunks)]
 
-    def columns(self, part_sizes: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Each query's positive as a column, and the columns' ids, both int64.
+    def targets(self, part_sizes: Sequence[Sequence[int]]) -> Targets:
+        """What the gathered documents are to this rank's queries.
 
         part_sizes: as in `Columns`, the documents of each rank in the order in which it holds them.
         """
@@ -66,8 +74,18 @@ class Share:
         number_M = np.concatenate(numbers)
         column_of_M = np.empty_like(number_M)
         column_of_M[number_M] = np.arange(len(number_M))
-        return torch.from_numpy(column_of_M[self.positive_B]), torch.from_numpy(
-            self.ids_M[number_M]
+        row_Q = np.full(len(self.positive_Q), -1)
+        row_Q[self.query_B] = np.arange(len(self.query_B))
+        is_positive_M = np.zeros(len(number_M), bool)
+        is_positive_M[self.positive_Q] = True
+        return Targets(
+            torch.from_numpy(column_of_M[self.positive_Q[self.query_B]]),
+            torch.from_numpy(self.ids_M[number_M]),
+            torch.from_numpy(row_Q[self.query_M[number_M]]),
+            torch.from_numpy(is_positive_M[number_M]),
+            torch.from_numpy(self.score_M[number_M].astype(np.float32)),
+            torch.from_numpy(self.query_ids_B),
+            self.queries_of_ranks,
         )
 
 
@@ -76,12 +94,9 @@ def share_out(batch: RankBatch, *, balance: bool, group: dist.ProcessGroup | Non
 
     Every rank calls it; the texts travel through `group`, one that moves host memory.
     """
-    lengths = np.array([len(row) for row in batch.rows], np.int64)
-    ids = np.zeros_like(lengths)
-    ids[batch.num_queries :] = batch.document_ids.numpy()
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    texts = _Texts.of_all_ranks(lengths, ids, batch.num_queries, world, group)
+    texts = _Texts.of_all_ranks(batch, world, group)
     if world > 1 and balance:
         holder = np.empty_like(texts.lengths)
         holder[texts.is_query] = _dealt(texts.lengths[texts.is_query], world)
@@ -97,11 +112,17 @@ def share_out(batch: RankBatch, *, balance: bool, group: dist.ProcessGroup | Non
     held = [h[np.argsort(texts.lengths[h], kind="stable")] for h in held]
     own = held[rank]
     own_queries, own_documents = own[texts.is_query[own]], own[~texts.is_query[own]]
+    documents = ~texts.is_query
     return Share(
         rows=[rows[int(i)] for i in (*own_queries, *own_documents)],
-        positive_B=texts.positive_of_queries()[place[own_queries]],
-        documents_by_rank=[place[h[~texts.is_query[h]]] for h in held],
-        ids_M=texts.ids[~texts.is_query],
+        query_B=place[own_queries],
+        query_ids_B=texts.ids[own_queries],
+        documents_by_rank=[place[h[documents[h]]] for h in held],
+        queries_of_ranks=tuple(int(texts.is_query[h].sum()) for h in held),
+        ids_M=texts.ids[documents],
+        query_M=place[texts.query[documents]],
+        score_M=texts.scores[documents],
+        positive_Q=texts.positive_of_queries(),
     )
 
 
@@ -110,31 +131,41 @@ class _Texts:
     """All texts of a global batch as every rank knows them, rank by rank, queries first."""
 
     lengths: np.ndarray
-    ids: np.ndarray  # 0 for queries
+    ids: np.ndarray
     is_query: np.ndarray
+    query: np.ndarray  # number among all texts of the query that a text is, or was read with
+    scores: np.ndarray
     reader: np.ndarray  # the rank that read it
 
     @classmethod
-    def of_all_ranks(
-        cls,
-        lengths: np.ndarray,
-        ids: np.ndarray,
-        num_queries: int,
-        world: int,
-        group: dist.ProcessGroup | None,
-    ) -> _Texts:
-        kind = np.arange(len(lengths)) < num_queries
-        own = np.stack((lengths, ids, kind))
-        if world == 1:
-            return cls(lengths, ids, kind, np.zeros_like(lengths))
-        sizes = _gathered(np.array([own.shape[1]]), world, group)[:, 0]
-        padded = np.zeros((3, sizes.max()), np.int64)
-        padded[:, : own.shape[1]] = own
-        everybody = _gathered(padded.ravel(), world, group).reshape(world, 3, -1)
-        lengths, ids, kinds = np.concatenate(
-            [part[:, :n] for part, n in zip(everybody, sizes, strict=True)], 1
+    def of_all_ranks(cls, batch: RankBatch, world: int, group: dist.ProcessGroup | None) -> _Texts:
+        queries = np.arange(batch.num_queries)
+        lengths = np.array([len(row) for row in batch.rows], np.int64)
+        scores = np.full(len(lengths), np.nan)
+        scores[len(queries) :] = batch.scores.numpy()
+        own = np.stack(
+            (
+                lengths,
+                np.concatenate((batch.query_ids.numpy(), batch.document_ids.numpy())),
+                np.arange(len(lengths)) < len(queries),
+                np.concatenate((queries, queries, batch.negatives_of.numpy())),
+                scores.view(np.int64),  # bit by bit: everything travels as one array of integers
+            )
         )
-        return cls(lengths, ids, kinds.astype(bool), np.repeat(np.arange(world), sizes))
+        sizes = np.array([own.shape[1]])
+        if world > 1:
+            sizes = _gathered(sizes, world, group)[:, 0]
+            padded = np.zeros((len(own), sizes.max()), np.int64)
+            padded[:, : own.shape[1]] = own
+            everybody = _gathered(padded.ravel(), world, group).reshape(world, len(own), -1)
+            parts = [part[:, :n] for part, n in zip(everybody, sizes, strict=True)]
+            own = np.concatenate(parts, 1)
+        reader = np.repeat(np.arange(world), sizes)
+        lengths, ids, kinds, query, bits = np.ascontiguousarray(own)
+        first = sizes.cumsum() - sizes
+        return cls(
+            lengths, ids, kinds.astype(bool), query + first[reader], bits.view(np.float64), reader
+        )
 
     def positive_of_queries(self) -> np.ndarray:
         """The number of each query's document: the first B documents of a rank, in order."""

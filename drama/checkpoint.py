@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -39,12 +40,14 @@ def full_state_dict(engine: Any, module: torch.nn.Module) -> dict[str, Tensor]:
     stage = engine.zero_optimization_stage()
     weights = {}
     for name, parameter in module.named_parameters():
-        full = safe_get_full_fp32_param(parameter) if stage or engine.bfloat16_enabled() else None
-        if full is None:
-            assert stage < 3, f"{name} is partitioned and cannot be gathered"
-            full = parameter
-        if engine.global_rank == 0:
-            weights[name] = full.detach().to("cpu", torch.float32, copy=True)
+        has_master = parameter.requires_grad and (stage or engine.bfloat16_enabled())
+        full = safe_get_full_fp32_param(parameter) if has_master else None
+        # a frozen weight has no float32 master: it is what it was
+        partitioned = full is None and stage == 3
+        with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
+            full = parameter if full is None else full
+            if engine.global_rank == 0:
+                weights[name] = full.detach().to("cpu", torch.float32, copy=True)
     return weights
 
 
@@ -54,14 +57,15 @@ def save(
     step: int,
     *,
     inputs: dict[str, Any],
+    extra: dict[str, Any],
     keep_last: int,
     write_model: Callable[[Path], None],
 ) -> None:
     """Write `folder/step-N`; every rank must call it.
 
-    `inputs` says what the run reads (hashes), for `load` to compare. `write_model(path)` is called
-    on every rank and writes the retriever on rank 0. Older checkpoints beyond `keep_last` are
-    removed after the new one is whole.
+    `inputs` says what the run reads (hashes), for `load` to compare; `extra` is kept as it is,
+    plain values. `write_model(path)` is called on every rank and writes the retriever on rank 0.
+    Older checkpoints beyond `keep_last` are removed after the new one is whole.
     """
     target, temporary = folder / f"step-{step}", folder / f".step-{step}.partial"
     if engine.global_rank == 0:
@@ -77,6 +81,7 @@ def save(
             "step": step,
             "world_size": engine.world_size,
             "inputs": inputs,
+            "extra": extra,
             "files": {str(p.relative_to(temporary)): p.stat().st_size for p in files},
         }
         (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
@@ -118,8 +123,9 @@ def _load_tensors_only(path: str, map_location: Any = None) -> Any:
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
 
 
-def load(engine: Any, checkpoint: Path, inputs: dict[str, Any]) -> int:
-    """Load weights, optimizer and schedule; return the number of steps that were done.
+def load(engine: Any, checkpoint: Path, inputs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Load weights, optimizer and schedule; return the steps that were done, and what `save` was
+    given as `extra`.
 
     Raises:
         UserError: saved by another number of ranks or from other inputs, or a file that holds more
@@ -140,7 +146,7 @@ def load(engine: Any, checkpoint: Path, inputs: dict[str, Any]) -> int:
     engine.checkpoint_engine.load = _load_tensors_only
     if engine.load_checkpoint(str(checkpoint), tag="zero")[0] is None:
         raise UserError(f"{checkpoint}/zero: DeepSpeed found nothing to load; remove {checkpoint}")
-    return int(state["step"])
+    return int(state["step"]), state["extra"]
 
 
 def _barrier() -> None:

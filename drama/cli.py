@@ -15,7 +15,7 @@ from drama.errors import UserError, exit_on_user_error
 
 SECTIONS = {
     "See it work": ["demo"],
-    "From LLM and text to a retriever": ["prune", "shard", "verify"],
+    "From LLM and text to a retriever": ["prune", "shard", "verify", "teach", "average"],
     "Use it": ["export", "encode", "index", "search"],
     "Judge it": ["evaluate", "report"],
 }
@@ -157,6 +157,41 @@ def export(run: Path, out: Path, architecture: Any, dtype: str, check: bool) -> 
 
         for way, difference in embedding_differences(out).items():
             console.print(f"  largest difference to {way}: {difference:.1e}")
+
+
+@main.command()
+@click.argument("shards", type=FOLDER, nargs=-1, required=True)
+@click.option("--model", type=FOLDER, required=True, help="The teacher.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the vectors: loss.teacher.")
+def teach(shards: Sequence[Path], model: Path, out: Path) -> None:
+    """Encode all texts of some shards with a teacher, for `loss.teacher` of a recipe.
+
+    The teacher is a retriever of ours or any folder that sentence-transformers loads; its width
+    does not matter. Started again, it goes on where it was stopped.
+
+    \b
+    drama teach shards/train --model ./all-MiniLM-L6-v2 --out teacher
+    """
+    from drama.teacher import write_teacher_vectors
+
+    vectors = write_teacher_vectors(shards, model, out)
+    count, width = vectors.vectors.shape
+    console.print(f"{out}: {count:,} vectors of width {width:,}", markup=False, highlight=False)
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--last", type=click.IntRange(2), default=3, show_default=True, help="Checkpoints.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the model.")
+def average(run: Path, last: int, out: Path) -> None:
+    """Average the weights of a run's last checkpoints.
+
+    Keep as many with `train.keep_last`; the mean of weights on the way often beats the last.
+    """
+    from drama.average import average_checkpoints
+
+    steps = average_checkpoints(run, last, out)
+    console.print(f"{out}: mean of steps {', '.join(f'{s:,}' for s in steps)}", markup=False)
 
 
 @main.command()

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from drama.balance import Share, share_out
-from drama.data.batches import PackedBatch, RankBatch, pack
+from drama.data.batches import PackedBatch, RankBatch, count_chunks, even_chunks, pack
 from drama.distributed import host_group
 from drama.gather import Columns, all_gather
 from drama.loss import ContrastiveLoss
@@ -48,13 +48,16 @@ _GRADIENT_SHARE = 0.25
 
 @dataclass
 class StepOutput:
-    """What one step did. seconds: per phase (share, embed, loss, replay, step)."""
+    """What one step did. terms: what the loss has besides the contrastive one. seconds: per phase
+    (share, embed, loss, replay, reduce, step)."""
 
     loss: float
     loss_by_prefix: list[float]
     num_masked: int
     num_chunks: int
     num_kept: int
+    terms: dict[str, float]
+    grad_temperature: float
     grad_norm: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -106,19 +109,21 @@ class GradCache:
         vectors_XD, graphs, columns = self._embed(share, chunks, packed, parts, num_kept)
         watch.lap("embed")
 
-        positive_B, ids_M = (x.to(self.device) for x in share.columns(parts))
-        result = self.loss(vectors_XD[: share.num_queries], columns, positive_B, ids_M)
+        targets = share.targets(parts).to(self.device)
+        result = self.loss(vectors_XD[: share.num_queries], columns, targets)
         # the engine averages over ranks; the objective is a sum of the ranks' shares
         gradient_XD = torch.cat([result.grad_q_BD, result.grad_k_ND]) * self.world_size
         watch.lap("loss")
 
-        self._replay(chunks, packed, graphs, gradient_XD)
-        watch.lap("replay")
+        self._replay(chunks, packed, graphs, gradient_XD, watch)
+        watch.lap("reduce")
         if peak is not None:
             self.room.learn(peak.taken(), len(graphs))
         return StepOutput(
-            loss=result.loss.item(),
+            loss=result.loss,
             loss_by_prefix=result.loss_P.tolist(),
+            terms=result.terms,
+            grad_temperature=result.grad_temperature,
             num_masked=result.num_masked,
             num_chunks=num_chunks,
             num_kept=len(graphs),
@@ -138,6 +143,36 @@ class GradCache:
             self.engine.step()
         output.seconds["step"] = time.perf_counter() - start
         return output
+
+    def evaluate(self, batch: RankBatch) -> float:
+        """The contrastive loss of a global batch; leaves no gradient."""
+        share = share_out(batch, balance=self.balance, group=self.group)
+        chunks = share.chunks(self._agree(share.count_chunks(self.token_budget))[0])
+        packed = [self._pack(share, chunk) for chunk in chunks]
+        parts = self._part_sizes(share, chunks)
+        vectors_XD, _, columns = self._embed(share, chunks, packed, parts, num_kept=0)
+        targets = share.targets(parts).to(self.device)
+        loss = replace(self.loss, scores=None, spread_weight=0.0, teacher=None)
+        return loss(vectors_XD[: share.num_queries], columns, targets).loss
+
+    @torch.no_grad()
+    def encode(self, rows: list[list[int]]) -> Tensor:
+        """Unnormalised vectors of this rank's texts, [texts, D]; every rank calls it, also one that
+        has none."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        lengths = [len(rows[i]) for i in order]
+        num_chunks = self._agree(count_chunks(lengths, self.token_budget))[0]
+        chunks = even_chunks(lengths, num_chunks) if rows else [[] for _ in range(num_chunks)]
+        out_XD: Tensor | None = None
+        for chunk in chunks:
+            # a forward is a collective under ZeRO 3: a rank without texts runs one token
+            texts = [rows[order[i]] for i in chunk] or [rows[order[0]] if rows else [0]]
+            out_BD = self.engine(pack(texts).to(self.device))
+            if out_XD is None:
+                out_XD = out_BD.new_empty(len(rows), out_BD.shape[1])
+            out_XD[[order[i] for i in chunk]] = out_BD[: len(chunk)]
+        assert out_XD is not None
+        return out_XD
 
     # -- planning -----------------------------------------------------------------------------
 
@@ -217,8 +252,9 @@ class GradCache:
         packed: list[PackedBatch],
         graphs: dict[int, Tensor],
         gradient_XD: Tensor,
+        watch: _Stopwatch,
     ) -> None:
-        """Pass 2, from the last chunk to the first."""
+        """Pass 2, from the last chunk to the first; "chunk" reduces within the replay."""
         at_once = self.reduction == "step"
         with self.engine.coalesce_grad_reduction() if at_once else nullcontext():
             for number in reversed(range(len(chunks))):
@@ -231,6 +267,7 @@ class GradCache:
                     graphs[number] = out_BD.detach()
                 surrogate = (out_BD[: len(chunk)].float() * gradient_XD[chunk].float()).sum()
                 self.engine.backward(surrogate, scale_wrt_gas=False)
+            watch.lap("replay")
 
     def _encode_again(self, tokens: PackedBatch) -> Tensor:
         if not self.room.measuring:

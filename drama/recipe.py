@@ -48,6 +48,7 @@ class ModelRecipe(_Strict):
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     query_prefix: str = "Query: "
     document_prefix: str = ""
+    freeze_embeddings: bool = False  # the embedding table stays as it is: no gradient, no state
 
 
 class DataRecipe(_Strict):
@@ -67,11 +68,29 @@ class LossRecipe(_Strict):
     """InfoNCE over the global batch."""
 
     temperature: Annotated[float, Field(gt=0)] = 0.02
+    learn_temperature: bool = False  # from there on, with the model's learning rate
     matryoshka_dims: list[Positive] = []  # ascending, the last one is the model's width
     matryoshka_weights: list[float] = []
     margin: Annotated[float, Field(ge=0)] | None = (
         None  # cosine; columns above positive + margin are no negatives
     )
+    own_negatives: bool = False  # a hard negative counts for the query that it came with only
+    symmetric: bool = False  # mean with the other direction: each positive is to find its query
+    scores_weight: Annotated[float, Field(ge=0)] = 0.0  # of KL to the records' teacher scores
+    scores_temperature: Annotated[float, Field(gt=0)] = 1.0  # the teacher's softmax(score / this)
+    teacher: Path | None = None  # vectors of `drama teach`; their cosines are imitated
+    teacher_weight: Annotated[float, Field(ge=0)] = 1.0
+    spread_weight: Annotated[float, Field(ge=0)] = 0.0  # of the mean squared cosine of strangers
+
+
+class EvalRecipe(_Strict):
+    """What the model is judged by while it trains; the best one is kept in RUN/best."""
+
+    every: Positive = 200  # steps
+    shards: list[Path] = []  # held-out records: their loss
+    max_records: Positive = 4096  # of them
+    beir: list[Path] = []  # folders in BEIR's layout: nDCG@10, which decides what is best
+    split: str = "test"
 
 
 class TrainRecipe(_Strict):
@@ -83,7 +102,8 @@ class TrainRecipe(_Strict):
     lr: Annotated[float, Field(gt=0)] = 2e-4
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the steps; wsd only
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     grad_clip: Annotated[float, Field(ge=0)] = 1.0  # 0 turns clipping off
@@ -118,6 +138,7 @@ class Recipe(_Strict):
     loss: LossRecipe = LossRecipe()
     train: TrainRecipe = TrainRecipe()
     step: StepRecipe = StepRecipe()
+    eval: EvalRecipe = EvalRecipe()
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -143,6 +164,11 @@ class Recipe(_Strict):
             raise ValueError(
                 f"loss.matryoshka_weights has {len(self.loss.matryoshka_weights)} entries for "
                 f"{len(dims)} matryoshka_dims"
+            )
+        if self.loss.symmetric and self.loss.margin is not None:
+            raise ValueError(
+                "loss.margin is set and loss.symmetric true: a margin is over the positive of a "
+                "query, the documents' direction has none; leave one of them out"
             )
         return self
 

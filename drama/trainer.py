@@ -1,12 +1,12 @@
 """The training loop: a recipe in, a run folder out.
 
-RUN/recipe.yaml  metrics.jsonl  checkpoints/step-N/  model/  tensorboard/
+RUN/recipe.yaml  metrics.jsonl  checkpoints/step-N/  model/  best/  best.json  tensorboard/
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import json
 import math
 import os
 import time
@@ -17,7 +17,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from rich.progress import Progress, TaskID
 from torch.utils.data import DataLoader, Dataset
 
 from drama import checkpoint, choices
@@ -25,27 +24,29 @@ from drama.console import console, progress
 from drama.data.batches import RankBatch, RankBatches
 from drama.data.manifest import MANIFEST
 from drama.data.stream import LaneOrder, ShardSet
+from drama.distill import ScoreDistillation
 from drama.distributed import Ranks
 from drama.encoder import Encoder, RetrieverSettings
 from drama.errors import UserError
 from drama.export import export
-from drama.gradcache import GradCache, StepOutput
+from drama.files import replacing
+from drama.gradcache import GradCache
 from drama.hf import model_sha256
 from drama.loss import ContrastiveLoss
-from drama.metrics import (
-    MetricsFile,
-    forward_flops,
-    matmul_rate,
-    peak_flops,
-    peak_memory_mib,
-)
-from drama.recipe import Recipe, StepRecipe
+from drama.metrics import matmul_rate, peak_flops
+from drama.optimizer import adamw, schedule
+from drama.recipe import EvalRecipe, Recipe, StepRecipe
+from drama.teacher import TeacherVectors
+from drama.telemetry import Telemetry
+from drama.temperature import LearnedTemperature
+from drama.validation import Validator, better
 
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
     "train": {"save_every", "keep_last"},
     "data": {"workers"},
     "step": set(StepRecipe.model_fields),
+    "eval": set(EvalRecipe.model_fields),
 }
 
 
@@ -67,20 +68,25 @@ class Trainer:
         self.batches = self._open_data()
         self.num_steps = self._count_steps()
         self.engine = self._start_engine()
+        self.temperature = LearnedTemperature(recipe.loss.temperature)
+        self.best: dict[str, float] | None = None
         self.step_runner = GradCache(
             self.engine,
-            ContrastiveLoss(
-                recipe.loss.temperature,
-                tuple(recipe.loss.matryoshka_dims),
-                tuple(recipe.loss.matryoshka_weights),
-                recipe.loss.margin,
-            ),
+            self._loss(),
             recipe.train.token_budget,
             keep_graphs=recipe.step.keep_graphs,
             reduction=recipe.step.grad_reduction,
             balance=recipe.step.balance_ranks,
         )
-        self.peak = self._sum(peak_flops(ranks.device, self.dtype))
+        wanted = recipe.eval.shards or recipe.eval.beir
+        self.validator = Validator(recipe, self.batches, self.step_runner) if wanted else None
+        self.telemetry = Telemetry(
+            recipe,
+            self.engine,
+            ranks,
+            peak=self._sum(peak_flops(ranks.device, self.dtype)),
+            batches_per_epoch=self.batches.order.batches_per_epoch,
+        )
 
     # -- building -----------------------------------------------------------------------------
 
@@ -135,6 +141,7 @@ class Trainer:
                 f"loss.matryoshka_dims ends in {dims[-1]}, but {recipe.model.path} has width "
                 f"{encoder.dim}; end the list with {encoder.dim}"
             )
+        encoder.backbone.embed_tokens.requires_grad_(not recipe.model.freeze_embeddings)
         return encoder.train()
 
     def _open_data(self) -> RankBatches:
@@ -181,27 +188,32 @@ class Trainer:
             "job_name": "tensorboard",
         }
         config["steps_per_print"] = 2**31
-        matrices: list[torch.nn.Parameter] = []
-        others: list[torch.nn.Parameter] = []
-        for name, parameter in self.encoder.named_parameters():
-            decays = parameter.ndim > 1 and "embed_tokens" not in name
-            (matrices if decays else others).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": recipe.train.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=recipe.train.lr,
-            betas=recipe.train.betas,
-        )
-        schedule = functools.partial(learning_rate_factor, recipe=recipe, num_steps=self.num_steps)
+        stage = config.get("zero_optimization", {})
+        offloaded = stage.get("offload_optimizer", {}).get("device") == "cpu"
+        optimizer = adamw(self.encoder, recipe.train, self.ranks.device, offloaded=offloaded)
         engine, *_ = deepspeed.initialize(
             model=self.encoder,
             optimizer=optimizer,
-            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+            lr_scheduler=schedule(optimizer, recipe.train, self.num_steps),
             config=config,
         )
         return engine
+
+    def _loss(self) -> ContrastiveLoss:
+        loss = self.recipe.loss
+        scores = ScoreDistillation(loss.scores_weight, loss.scores_temperature)
+        return ContrastiveLoss(
+            self.temperature if loss.learn_temperature else loss.temperature,
+            tuple(loss.matryoshka_dims),
+            tuple(loss.matryoshka_weights),
+            loss.margin,
+            own_negatives=loss.own_negatives,
+            symmetric=loss.symmetric,
+            scores=scores if loss.scores_weight else None,
+            spread_weight=loss.spread_weight,
+            teacher=TeacherVectors(loss.teacher) if loss.teacher else None,
+            teacher_weight=loss.teacher_weight,
+        )
 
     # -- running ------------------------------------------------------------------------------
 
@@ -212,46 +224,77 @@ class Trainer:
             recipe.save(output / "recipe.yaml")
         found = checkpoint.whole_checkpoints(output / "checkpoints")
         inputs = self._inputs()
-        first = checkpoint.load(self.engine, found[-1], inputs) if found else 0
+        first = self._resume(found[-1], inputs) if found else 0
         console.print(self._headline(first))
         choices.show(self.chosen, recipe, self.encoder, self.step_runner, self.dtype)
-        metrics = (
-            MetricsFile(output / "metrics.jsonl", first_step=first) if self.ranks.is_main else None
-        )
         with progress(disable=not self.ranks.is_main) as bar:
-            task = bar.add_task("train", total=self.num_steps, completed=first, note="")
+            self.telemetry.open(first, bar, self.num_steps)
             loader = self._loader(first)
             for step in range(first, self.num_steps):
-                start = time.perf_counter()
+                began = time.perf_counter()
                 batch = next(loader)
                 if isinstance(batch, UserError):
                     raise batch
-                waited = time.perf_counter() - start
+                waited = time.perf_counter() - began
+                rate = self.engine.get_lr()[0]
                 output_of_step = self.step_runner.step(batch)
-                line = self._line(step, batch, output_of_step, start, waited)
-                if metrics is not None:
-                    metrics.write(line)
-                    self._show(line, bar, task)
-                done = step + 1
+                if recipe.loss.learn_temperature:
+                    self.temperature.step(output_of_step.grad_temperature, rate)
+                done, seconds = step + 1, time.perf_counter() - began
+                self.telemetry.record(
+                    step,
+                    batch,
+                    output_of_step,
+                    seconds=seconds,
+                    waited=waited,
+                    temperature=self.temperature.value,
+                    evaluation=self._evaluate(done),
+                )
                 if done % recipe.train.save_every == 0 or done == self.num_steps:
                     checkpoint.save(
                         self.engine,
                         output / "checkpoints",
                         done,
                         inputs=inputs,
+                        extra=self._extra(),
                         keep_last=recipe.train.keep_last,
                         write_model=self._write_model,
                     )
-        if metrics is not None:
-            metrics.close()
+        self.telemetry.close()
         self._write_model(output / "model")
         return output / "model"
+
+    def _resume(self, folder: Path, inputs: dict[str, Any]) -> int:
+        first, extra = checkpoint.load(self.engine, folder, inputs)
+        self.best = extra["best"]
+        self.temperature.state = extra["temperature"]
+        return first
+
+    def _extra(self) -> dict[str, Any]:
+        return {"best": self.best, "temperature": self.temperature.state}
+
+    def _evaluate(self, done: int) -> dict[str, float] | None:
+        """Judge the model where the recipe says so; the best so far is written to RUN/best."""
+        due = done % self.recipe.eval.every == 0 or done == self.num_steps
+        if self.validator is None or not due:
+            return None
+        figures = self.validator()
+        if better(figures, self.best):
+            self.best = {"step": done, **figures}
+            self._write_model(self.recipe.output / "best")
+            if self.ranks.is_main:
+                with replacing(self.recipe.output / "best.json") as temporary:
+                    temporary.write_text(json.dumps(self.best, indent=1), encoding="utf-8")
+        return figures
 
     def _inputs(self) -> dict[str, Any]:
         """Hashes of the backbone and the shards: a path may come to hold something else."""
         model, shards = self.recipe.model.path, self.recipe.data.shards
         digests = [hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest() for path in shards]
-        return {"backbone": model_sha256(model), "shards": digests}
+        found = {"backbone": model_sha256(model), "shards": digests}
+        if teacher := self.recipe.loss.teacher:
+            found["teacher"] = hashlib.sha256((teacher / "manifest.json").read_bytes()).hexdigest()
+        return found
 
     def _loader(self, first: int) -> Iterator[RankBatch | UserError]:
         workers = self.recipe.data.workers
@@ -271,60 +314,6 @@ class Trainer:
         weights = checkpoint.full_state_dict(self.engine, self.encoder.backbone)
         if self.ranks.is_main:
             export(self.encoder, folder, state_dict=weights)
-
-    def _line(
-        self, step: int, batch: RankBatch, output: StepOutput, start: float, waited: float
-    ) -> dict[str, Any]:
-        """One row of metrics.jsonl; counts are of the global batch, memory of the fullest rank."""
-        pooled = self.recipe.step.pooled_last_block and self.recipe.model.pooling == "last"
-        flops = 3 * forward_flops(
-            self.config, [len(row) for row in batch.rows], last_token_only=pooled
-        )
-        counts = torch.tensor(
-            [batch.num_tokens, batch.num_queries, len(batch.rows), batch.num_cut, flops],
-            dtype=torch.float64,
-        )
-        memory = torch.tensor(peak_memory_mib(self.ranks.device), dtype=torch.float64)
-        if self.ranks.world_size > 1:
-            counts, memory = counts.to(self.ranks.device), memory.to(self.ranks.device)
-            dist.all_reduce(counts)
-            dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        tokens, pairs, texts, cut, total_flops = counts.tolist()
-        seconds = time.perf_counter() - start
-        widths = self.recipe.loss.matryoshka_dims or [self.encoder.dim]
-        return {
-            "step": step,
-            "epoch": round((step + 1) / self.batches.order.batches_per_epoch, 4),
-            "loss": output.loss,
-            "loss_by_prefix": {
-                str(d): x for d, x in zip(widths, output.loss_by_prefix, strict=True)
-            },
-            "lr": self.engine.get_lr()[0],
-            "grad_norm": output.grad_norm,
-            "tokens": int(tokens),
-            "pairs": int(pairs),
-            "texts": int(texts),
-            "texts_cut": int(cut),
-            "false_negatives_masked": output.num_masked,
-            "chunks": output.num_chunks,
-            "chunks_kept": output.num_kept,
-            "tokens_per_s": tokens / seconds,
-            "pairs_per_s": pairs / seconds,
-            "mfu": total_flops / seconds / self.peak,
-            "peak_mem_mib": memory.item(),
-            "data_wait_s": waited,
-            "seconds": seconds,
-            "seconds_by_phase": output.seconds,
-        }
-
-    def _show(self, line: dict[str, Any], bar: Progress, task: TaskID) -> None:
-        note = (
-            f"loss {line['loss']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  mfu {line['mfu']:.0%}"
-        )
-        bar.update(task, advance=1, note=note)
-        names = ("loss", "lr", "grad_norm", "tokens_per_s", "pairs_per_s", "mfu", "peak_mem_mib")
-        samples = (line["step"] + 1) * self.recipe.train.batch_size
-        self.engine.monitor.write_events([(f"train/{name}", line[name], samples) for name in names])
 
     def _headline(self, first: int) -> str:
         recipe = self.recipe
@@ -363,19 +352,6 @@ def _start_worker(worker: int) -> None:
     # the tokenizer's thread pool does not survive a fork
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-
-
-def learning_rate_factor(step: int, *, recipe: Recipe, num_steps: int) -> float:
-    """Share of the peak rate at a step: linear warm-up, then the recipe's schedule."""
-    train = recipe.train
-    warmup = round(train.warmup_ratio * num_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if train.schedule == "constant":
-        return 1.0
-    done = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-    left = 0.5 * (1 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1 - done
-    return train.min_lr_ratio + (1 - train.min_lr_ratio) * left
 
 
 def _check_same_run(stored: Recipe, now: Recipe) -> None:

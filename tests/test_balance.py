@@ -4,7 +4,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +25,16 @@ def read_by(rank: int) -> RankBatch:
 
     names = [1000 * (rank + 1) + i for i in range(num_documents)]
     rows = [row(name) for name in names[:num_queries]] + [row(name) for name in names]
-    return RankBatch(rows, num_queries, torch.tensor(names), num_cut=0)
+    owners = [generator.randrange(num_queries) for _ in range(num_documents - num_queries)]
+    return RankBatch(
+        rows,
+        num_queries,
+        torch.tensor(names),
+        num_cut=0,
+        query_ids=-torch.tensor(names[:num_queries]),
+        negatives_of=torch.tensor(owners),
+        scores=torch.tensor(names, dtype=torch.float64) / 7,
+    )
 
 
 def all_rows(batches: list[RankBatch]) -> list[list[int]]:
@@ -52,14 +60,9 @@ def shares(
     command = [sys.executable, str(WORKER), str(folder), str(world), str(int(balance))]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
-    loaded: list[dict[str, Any]] = [torch.load(folder / f"rank{r}.pt") for r in range(world)]
     return balance, [
-        Share(
-            x["rows"], x["positive_B"].numpy(), [n.numpy() for n in x["documents"]],
-            x["ids_M"].numpy(),
-        )
-        for x in loaded
-    ]  # fmt: skip
+        Share(**torch.load(folder / f"rank{rank}.pt", weights_only=False)) for rank in range(world)
+    ]
 
 
 def test_nothing_is_lost_or_doubled(world: int, shares: tuple[bool, list[Share]]) -> None:
@@ -75,11 +78,30 @@ def test_every_query_finds_its_positive(world: int, shares: tuple[bool, list[Sha
     parts = [first, [len(rows) - n for rows, n in zip(documents, first, strict=True)]]
     columns = [row for rows, n in zip(documents, first, strict=True) for row in rows[:n]]
     columns += [row for rows, n in zip(documents, first, strict=True) for row in rows[n:]]
+    names = [row[0] for row in columns]
+    # who read a document, and with which query, as it was made
+    query_of = {
+        name: int(batch.document_ids[owner])
+        for batch in map(read_by, range(world))
+        for name, owner in zip(
+            batch.document_ids.tolist(),
+            [*range(batch.num_queries), *batch.negatives_of.tolist()],
+            strict=True,
+        )
+    }
     for share in everybody:
-        positive_B, ids_M = share.columns(parts)
-        assert ids_M.tolist() == [row[0] for row in columns]
-        for query, column in zip(share.rows, positive_B.tolist(), strict=False):
+        targets = share.targets(parts)
+        assert targets.ids_M.tolist() == names
+        for query, column in zip(share.rows, targets.positive_B.tolist(), strict=False):
             assert columns[column][0] == query[0]
+        own = [int(row[0]) for row in share.rows[: share.num_queries]]
+        assert targets.query_ids_B.tolist() == [-name for name in own]
+        assert targets.queries_of_ranks == tuple(s.num_queries for s in everybody)
+        for name, row in zip(names, targets.query_M.tolist(), strict=True):
+            assert row == (own.index(query_of[name]) if query_of[name] in own else -1)
+        torch.testing.assert_close(targets.score_M, torch.tensor(names) / 7)
+        positives = {name for name, query in query_of.items() if name == query}
+        assert targets.is_positive_M.tolist() == [name in positives for name in names]
 
 
 def test_the_load_is_even(world: int, shares: tuple[bool, list[Share]]) -> None:
@@ -99,7 +121,9 @@ def test_the_load_is_even(world: int, shares: tuple[bool, list[Share]]) -> None:
 
 def test_chunks_mix_queries_and_documents_by_length() -> None:
     rows = [[1] * n for n in (9, 2, 5, 1, 7, 3)]
-    batch = RankBatch(rows, num_queries=2, document_ids=torch.arange(4), num_cut=0)
+    batch = RankBatch(
+        *(rows, 2, torch.arange(4), 0, torch.arange(2), torch.tensor([0, 1]), torch.zeros(4)),
+    )
     share = share_out(batch, balance=True, group=None)
     assert [len(row) for row in share.rows] == [2, 9, 1, 3, 5, 7]
     num_chunks = share.count_chunks(token_budget=11)

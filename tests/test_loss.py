@@ -8,14 +8,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drama.gather import Columns
 from drama.kernels.infonce_reference import infonce_reference
-from drama.loss import ContrastiveLoss
 from drama.testing import contrastive_batch, relative_error
 
 WORKER = Path(__file__).parent / "workers" / "loss_ranks.py"
@@ -32,7 +31,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "three prefixes": PREFIXES,
     "margin": {**PREFIXES, "margin": -0.3},  # less than the positive by 0.3, so that it bites
     "narrow": {"prefixes": (8, 24)},  # the last dimensions have no gradient
-}
+    "own negatives": {"own_negatives": True},
+    "symmetric": {**PREFIXES, "symmetric": True},
+    "symmetric, own negatives": {"symmetric": True, "own_negatives": True},
+    "learned temperature": {**PREFIXES, "learned": True},
+    "scores": {"scores": (0.7, 0.5), "learned": True},
+    "spread": {**PREFIXES, "spread_weight": 3.0},
+    "teacher": {"teacher": "teacher", "teacher_weight": 5.0},
+    "everything": {
+        **PREFIXES, "symmetric": True, "own_negatives": True, "learned": True, "scores": (0.7, 0.5),
+        "spread_weight": 3.0, "teacher": "teacher",
+    },
+}  # fmt: skip
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -43,60 +53,126 @@ class Share(NamedTuple):
     columns_N: Tensor
 
 
-def whole_batch(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Whole(NamedTuple):
+    """The global batch. query_N: the query that a document was read with."""
+
+    q_BD: Tensor
+    k_ND: Tensor
+    positive_B: Tensor
+    ids_N: Tensor
+    query_N: Tensor
+    score_N: Tensor
+    query_ids_B: Tensor
+
+
+def whole_batch(dtype: torch.dtype) -> Whole:
     batch = contrastive_batch(16, 40, WIDTH, dtype=dtype)
-    return batch.q_BD, batch.k_ND, batch.positive_B, batch.ids_N
+    query_N = torch.arange(40) * 7 % 16
+    query_N[batch.positive_B] = torch.arange(16)
+    score_N = torch.rand(40, generator=torch.Generator().manual_seed(5))
+    score_N[::6] = torch.nan  # some documents have no score, some queries fewer than two
+    return Whole(*batch, query_N, score_N, torch.arange(100, 116))
+
+
+def is_positive(whole: Whole) -> Tensor:
+    return torch.zeros(40, dtype=torch.bool).index_fill(0, whole.positive_B, True)
 
 
 def shares(world: int) -> list[Share]:
     """Positives first, then what is nobody's positive; the columns' order is not the batch's."""
-    _, _, positive_B, ids_N = whole_batch(torch.float64)
+    whole = whole_batch(torch.float64)
     num_queries, num_negatives = SPLITS[world]
     rows_B = torch.arange(16)
-    others_N = torch.tensor(sorted(set(range(40)) - set(positive_B.tolist())))
+    others_N = (~is_positive(whole)).nonzero()[:, 0]
     dealt = zip(rows_B.split(num_queries), others_N.split(num_negatives), strict=True)
-    result = [Share(rows, torch.cat([positive_B[rows], others])) for rows, others in dealt]
+    result = [Share(rows, torch.cat([whole.positive_B[rows], others])) for rows, others in dealt]
     holders = defaultdict(set)
     for rank, share in enumerate(result):
-        for number in ids_N[share.columns_N].tolist():
+        for number in whole.ids_N[share.columns_N].tolist():
             holders[number].add(rank)
     crossing = sum(len(ranks) > 1 for ranks in holders.values())
     assert crossing >= 3 * (world > 1), "documents that two ranks hold"
     return result
 
 
+def teacher_vectors() -> tuple[Tensor, Tensor]:
+    """Ids of all queries and documents, and vectors of another width, as they are stored."""
+    whole = whole_batch(torch.float64)
+    ids = torch.cat((whole.query_ids_B, whole.ids_N.unique()))
+    vectors = torch.randn(len(ids), 12, generator=torch.Generator().manual_seed(3))
+    return ids, F.normalize(vectors, dim=1).half()
+
+
 def whole_loss(dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, Any]:
-    """What one process gets that holds everything: float64, autograd."""
-    q_BD, k_ND, positive_B, ids_N = whole_batch(dtype)
-    q_BD, k_ND = (x.double().requires_grad_() for x in (q_BD, k_ND))
+    """What one process gets that holds everything: float64, autograd, all pairs written out."""
+    whole, settings = whole_batch(dtype), dict(settings)
+    q_BD, k_ND = (x.double().requires_grad_() for x in (whole.q_BD, whole.k_ND))
+    temperature = torch.tensor(TEMPERATURE, dtype=torch.float64, requires_grad=True)
+    owner_N = torch.where(is_positive(whole), -1, whole.query_N)
+    contrastive = {k: settings[k] for k in ("prefixes", "prefix_weights", "margin", "symmetric")
+                   if k in settings}  # fmt: skip
     output = infonce_reference(
-        q_BD, k_ND, positive_B, temperature=TEMPERATURE, k_ids_N=ids_N, **settings
-    )
-    grad_q_BD, grad_k_ND = torch.autograd.grad(output.loss, (q_BD, k_ND))
+        q_BD, k_ND, whole.positive_B, temperature=temperature, k_ids_N=whole.ids_N,
+        own_negatives=owner_N if settings.get("own_negatives") else False, **contrastive,
+    )  # fmt: skip
+    loss, terms = output.loss, {}
+    unit_q, unit_k = F.normalize(q_BD, dim=1), F.normalize(k_ND, dim=1)
+    positives = unit_k[whole.positive_B]
+    if "scores" in settings:
+        terms["scores"] = kl_of_scores(whole, unit_q @ unit_k.T / temperature, *settings["scores"])
+    if "spread_weight" in settings:
+        for name, x in (("queries", unit_q), ("documents", positives)):
+            others = (x @ x.T)[~torch.eye(16, dtype=torch.bool)]
+            terms[f"spread_{name}"] = settings["spread_weight"] * others.square().mean()
+    if "teacher" in settings:
+        ids, vectors = teacher_vectors()
+        order = [*whole.query_ids_B.tolist(), *whole.ids_N[whole.positive_B].tolist()]
+        t = F.normalize(vectors[[ids.tolist().index(i) for i in order]].double(), dim=1)
+        x = torch.cat((unit_q, positives))
+        error = (x @ x.T - t @ t.T).square().mean()
+        terms["teacher"] = settings.get("teacher_weight", 1.0) * error
+    loss = loss + sum(terms.values())
+    grads = torch.autograd.grad(loss, (q_BD, k_ND, temperature))
     return {
-        "loss": output.loss.detach(), "loss_P": output.loss_P, "grad_q_BD": grad_q_BD,
-        "grad_k_ND": grad_k_ND, "num_masked": int(output.num_masked_B.sum()),
+        "loss": loss.detach(), "loss_P": output.loss_P, "grad_q_BD": grads[0],
+        "grad_k_ND": grads[1], "grad_temperature": grads[2],
+        "num_masked": int(output.num_masked_B.sum()),
+        "terms": {name: term.item() for name, term in terms.items()},
     }  # fmt: skip
 
 
-def cases(world: int) -> dict[str, tuple[dict[str, Any], list[tuple[Tensor, ...]]]]:
+def kl_of_scores(whole: Whole, logits_BN: Tensor, weight: float, temperature: float) -> Tensor:
+    """Query by query."""
+    parts = []
+    for query in range(16):
+        own = (whole.query_N == query) & whole.score_N.isfinite()
+        if own.sum() < 2:
+            continue
+        teacher = (whole.score_N[own].double() / temperature).softmax(0)
+        student = logits_BN[query, own].log_softmax(0)
+        parts.append((teacher * (teacher.log() - student)).sum())
+    assert 4 < len(parts) < 16
+    return weight * torch.stack(parts).mean()
+
+
+def cases(world: int, folder: Path) -> dict[str, tuple[dict[str, Any], list[tuple[Any, ...]]]]:
     """Settings and every rank's arguments; "no duplicates" for the gradient's scale."""
     result = {}
     for dtype in TOLERANCE:
-        q_BD, k_ND, _, ids_N = whole_batch(dtype)
-        settings_ids = {name: (x, ids_N) for name, x in SETTINGS.items()}
+        whole = whole_batch(dtype)
+        settings_ids = {name: (x, whole.ids_N) for name, x in SETTINGS.items()}
         settings_ids["no duplicates"] = ({}, torch.arange(40))
-        for name, (settings, ids) in settings_ids.items():
+        for name, (settings, ids_N) in settings_ids.items():
+            there = {"teacher": str(folder / "teacher")} if "teacher" in settings else {}
             result[f"{name} {dtype}"] = (
-                {"temperature": TEMPERATURE, **settings},
-                arguments(q_BD, k_ND, ids, world),
+                {"temperature": TEMPERATURE, **settings, **there},
+                arguments(whole._replace(ids_N=ids_N), world),
             )
     return result
 
 
-def arguments(q_BD: Tensor, k_ND: Tensor, ids_N: Tensor, world: int) -> list[tuple[Any, ...]]:
-    """For every rank: queries, documents in two parts, the parts' sizes on all ranks, positives as
-    columns, the columns' ids."""
+def arguments(whole: Whole, world: int) -> list[tuple[Any, ...]]:
+    """For every rank: queries, documents in two parts, the parts' sizes on all ranks, targets."""
     dealt = shares(world)
     sizes = [len(share.columns_N) for share in dealt]
     part_sizes = [[n - n // 3 for n in sizes], [n // 3 for n in sizes]]
@@ -105,35 +181,38 @@ def arguments(q_BD: Tensor, k_ND: Tensor, ids_N: Tensor, world: int) -> list[tup
         + [share.columns_N[n - n // 3 :] for share, n in zip(dealt, sizes, strict=True)]
     )
     column_of_M = order_M.argsort()  # by number of the document
-    _, _, positive_B, _ = whole_batch(torch.float64)
-    return [
-        (
-            *(q_BD[rows], k_ND[columns].split([first[rank], second[rank]]), part_sizes),
-            *(column_of_M[positive_B[rows]], ids_N[order_M]),
+    result = []
+    for rank, (rows, columns) in enumerate(dealt):
+        row_of_query = torch.full((16,), -1)
+        row_of_query[rows] = torch.arange(len(rows))
+        targets = (
+            column_of_M[whole.positive_B[rows]],
+            whole.ids_N[order_M],
+            row_of_query[whole.query_N[order_M]],
+            is_positive(whole)[order_M],
+            whole.score_N[order_M],
+            whole.query_ids_B[rows],
+            tuple(len(share.rows_B) for share in dealt),
         )
-        for rank, (rows, columns) in enumerate(dealt)
-        for first, second in [part_sizes]
-    ]
-
-
-def loss_of(settings: dict[str, Any], share: tuple[Any, ...]) -> dict[str, Any]:
-    q_BD, documents, part_sizes, positive_B, ids_M = share
-    columns = Columns(part_sizes)
-    for part in documents:
-        columns.send(part)
-    return vars(ContrastiveLoss(**settings)(q_BD, columns, positive_B, ids_M))
+        first, second = part_sizes
+        parts = whole.k_ND[columns].split([first[rank], second[rank]])
+        result.append((whole.q_BD[rows], parts, part_sizes, targets))
+    return result
 
 
 @pytest.fixture(scope="module", params=SPLITS, ids=lambda world: f"{world}-ranks")
 def outputs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, dict[str, Any]]]:
-    """Every rank's output of every case; one rank is this process, without a process group."""
-    world = request.param
-    if world == 1:
-        return [{name: loss_of(s, x[0]) for name, (s, x) in cases(1).items()}]
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.save(cases(world), folder / "cases.pt")
+    """Every rank's output of every case."""
+    world, folder = request.param, tmp_path_factory.mktemp("ranks")
+    (folder / "teacher").mkdir()
+    ids, vectors = teacher_vectors()
+    order = ids.argsort()
+    np.save(folder / "teacher" / "ids.npy", ids[order].numpy())
+    np.save(folder / "teacher" / "vectors.npy", vectors[order].numpy())
+    (folder / "teacher" / "manifest.json").write_text("{}")
+    torch.save(cases(world, folder), folder / "cases.pt")
     command = [sys.executable, str(WORKER), str(folder), str(world)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
@@ -147,14 +226,21 @@ def test_ranks_equal_one_process_with_the_whole_batch(
 ) -> None:
     want, tolerance = whole_loss(dtype, SETTINGS[name]), TOLERANCE[dtype]
     by_id = whole_loss(dtype, PREFIXES)["num_masked"]
-    assert want["num_masked"] > (by_id if "margin" in SETTINGS[name] else 0)
+    more = "margin" in SETTINGS[name] or "own_negatives" in SETTINGS[name]
+    assert want["num_masked"] > (by_id if more else 0)
     for rank, (rows_B, columns_N) in enumerate(shares(len(outputs))):
         got = outputs[rank][f"{name} {dtype}"]
         assert got["num_masked"] == want["num_masked"]
         assert got["grad_q_BD"].dtype == got["grad_k_ND"].dtype == dtype
-        assert relative_error(got["loss"], want["loss"]) <= tolerance, rank
+        assert got["loss"] == pytest.approx(want["loss"].item(), rel=tolerance)
         assert got["loss_P"].shape == want["loss_P"].shape
         assert relative_error(got["loss_P"], want["loss_P"]) <= tolerance, rank
+        assert got["terms"] == pytest.approx(want["terms"], rel=10 * tolerance)
+        if SETTINGS[name].get("learned"):
+            exact = want["grad_temperature"].item()
+            assert got["grad_temperature"] == pytest.approx(exact, rel=10 * tolerance)
+        else:
+            assert got["grad_temperature"] == 0
         for key, numbers in (("grad_q_BD", rows_B), ("grad_k_ND", columns_N)):
             assert got[key].shape == (len(numbers), WIDTH)
             assert relative_error(got[key], want[key][numbers]) <= tolerance, (rank, key)
@@ -165,8 +251,10 @@ def test_every_rank_has_the_same_loss(outputs: list[dict[str, dict[str, Any]]], 
     for dtype in TOLERANCE:
         first, *rest = (output[f"{name} {dtype}"] for output in outputs)
         for other in rest:
-            assert torch.equal(other["loss"], first["loss"])
+            assert other["loss"] == first["loss"]
             assert torch.equal(other["loss_P"], first["loss_P"])
+            assert other["terms"] == first["terms"]
+            assert other["grad_temperature"] == first["grad_temperature"]
 
 
 def test_the_gradient_is_that_of_the_mean_over_the_global_batch(
@@ -174,14 +262,14 @@ def test_the_gradient_is_that_of_the_mean_over_the_global_batch(
 ) -> None:
     """By hand: the sum of 16 cross-entropies over 16, whatever the split; by its rank's number of
     queries, or by the world, it would be another."""
-    q_BD, k_ND, positive_B, _ = whole_batch(torch.float64)
-    q_BD, k_ND = q_BD.requires_grad_(), k_ND.requires_grad_()
+    whole = whole_batch(torch.float64)
+    q_BD, k_ND = whole.q_BD.requires_grad_(), whole.k_ND.requires_grad_()
     logits_BN = F.normalize(q_BD) @ F.normalize(k_ND).T / TEMPERATURE
-    total = F.cross_entropy(logits_BN, positive_B, reduction="sum")
+    total = F.cross_entropy(logits_BN, whole.positive_B, reduction="sum")
     grads = torch.autograd.grad(total, (q_BD, k_ND))
     for output, share in zip(outputs, shares(len(outputs)), strict=True):
         got = output[f"no duplicates {torch.float64}"]
         assert got["num_masked"] == 0
-        assert relative_error(got["loss"], total.detach() / 16) <= 1e-10
+        assert got["loss"] == pytest.approx(total.item() / 16, rel=1e-10)
         for key, grad, numbers in zip(("grad_q_BD", "grad_k_ND"), grads, share, strict=True):
             assert relative_error(got[key], grad[numbers] / 16) <= 1e-10

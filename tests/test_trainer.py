@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from drama.data.shards import write_shards
@@ -24,46 +23,11 @@ from drama.distributed import free_port
 from drama.encoder import Encoder
 from drama.recipe import Recipe
 from drama.testing import run_deepspeed, tiny_llama
-from drama.trainer import learning_rate_factor
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "launchers" / "train.py"
 PAIRS = ROOT / "data" / "demo" / "pairs.jsonl.xz"
 STEPS = 9
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with a tiny model, real shards, a recipe, and the run that was never stopped."""
-    folder = tmp_path_factory.mktemp("world")
-    tiny_llama(folder / "backbone")
-    write_shards(islice(read_source(PAIRS), 160), folder / "shards")
-    recipe = {
-        "name": "tiny",
-        "output": str(folder / "whole"),
-        "model": {"path": str(folder / "backbone")},
-        "data": {
-            "shards": [str(folder / "shards")],
-            "hard_negatives": 2,
-            "max_query_tokens": 40,
-            "max_document_tokens": 90,
-            "lanes": 8,
-        },
-        "loss": {"temperature": 0.1, "matryoshka_dims": [32, 64]},
-        "train": {
-            "batch_size": 32,
-            "steps": STEPS,
-            "lr": 3e-3,
-            "token_budget": 1024,
-            "precision": "fp32",
-            "save_every": 4,
-        },
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    done = run_deepspeed(TRAIN, "--recipe", str(path))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder
 
 
 def metrics(run: Path) -> list[dict]:
@@ -301,19 +265,3 @@ def test_the_deepspeed_launcher_passes_the_exit_code_on(tmp_path):
     done = run_deepspeed(TRAIN, "--recipe", str(tmp_path / "none.yaml"))
     assert done.returncode == 2
     assert "does not exist" in done.stderr
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_learning_rate(world, schedule):
-    recipe = Recipe.load(
-        world / "recipe.yaml",
-        [f"train.schedule={schedule}", "train.warmup_ratio=0.1", "train.min_lr_ratio=0.2"],
-    )
-    factors = [learning_rate_factor(step, recipe=recipe, num_steps=100) for step in range(101)]
-    np.testing.assert_allclose(factors[:10], np.arange(1, 11) / 10)
-    if schedule == "constant":
-        assert set(factors[10:]) == {1.0}
-        return
-    done = np.arange(91) / 90
-    left = (1 + np.cos(np.pi * done)) / 2 if schedule == "cosine" else 1 - done
-    np.testing.assert_allclose(factors[10:], 0.2 + 0.8 * left)

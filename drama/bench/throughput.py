@@ -113,14 +113,14 @@ def read_pairs(
         *encoder.tokenize(documents, "document", max_document),
     ]
     ids = torch.tensor([document_hash64(text) for text in documents])
-    return RankBatch(rows, count, ids, num_cut=0)
+    return RankBatch.of_pairs(rows, ids)
 
 
 def first_pairs(batch: RankBatch, count: int) -> RankBatch:
     """The first pairs of a batch."""
     split = batch.num_queries
     rows = batch.rows[:count] + batch.rows[split : split + count]
-    return RankBatch(rows, count, batch.document_ids[:count], num_cut=0)
+    return RankBatch.of_pairs(rows, batch.document_ids[:count])
 
 
 @contextmanager

@@ -4,6 +4,7 @@ usage: share_ranks.py FOLDER WORLD BALANCE   (batches.pt) -> rank0.pt, rank1.pt,
 """
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,12 +20,7 @@ def work(rank: int, folder: Path, world: int, balance: bool) -> None:
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     batch = RankBatch(**torch.load(folder / "batches.pt")[rank])
     share = share_out(batch, balance=balance, group=None)
-    stored = {
-        "rows": [list(map(int, row)) for row in share.rows],
-        "positive_B": torch.from_numpy(share.positive_B),
-        "documents": [torch.from_numpy(numbers) for numbers in share.documents_by_rank],
-        "ids_M": torch.from_numpy(share.ids_M),
-    }
+    stored = {f.name: getattr(share, f.name) for f in fields(share) if f.init}
     torch.save(stored, folder / f"rank{rank}.pt")
     dist.barrier()  # gloo aborts when a peer closes during teardown
     dist.destroy_process_group()

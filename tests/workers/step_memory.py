@@ -26,7 +26,7 @@ def ragged(pairs: int) -> RankBatch:
     generator = random.Random(0)
     rows = [[5] * generator.randint(3, 12) for _ in range(pairs)]
     rows += [[6] * generator.randint(20, 60) for _ in range(pairs)]
-    return RankBatch(rows, pairs, torch.arange(pairs), num_cut=0)
+    return RankBatch.of_pairs(rows, torch.arange(pairs))
 
 
 def main(sizes: list[int]) -> None:

@@ -47,8 +47,15 @@ def main(folder: Path) -> None:
     report = {}
     with Ranks.start() as ranks:
         share = task["ranks"][ranks.rank]
+        count, documents = share["num_queries"], len(share["document_ids"])
         batch = RankBatch(
-            share["rows"], share["num_queries"], torch.tensor(share["document_ids"]), num_cut=0
+            share["rows"],
+            count,
+            torch.tensor(share["document_ids"]),
+            num_cut=0,
+            query_ids=torch.arange(count),
+            negatives_of=torch.arange(documents - count) % count,
+            scores=torch.full((documents,), torch.nan, dtype=torch.float64),
         )
         for stage in (0, 1, 2, 3):
             for name, changes in VARIANTS.items():

@@ -1,0 +1,123 @@
+"""What people see of a run: a line of metrics.jsonl a step, the progress bar, TensorBoard and the
+other monitors that the DeepSpeed JSON names (W&B, Comet, CSV)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.progress import Progress, TaskID
+
+from drama.data.batches import RankBatch
+from drama.distributed import Ranks
+from drama.gradcache import StepOutput
+from drama.metrics import MetricsFile, forward_flops, peak_memory_mib
+from drama.recipe import Recipe
+
+_CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "pairs_per_s", "mfu", "peak_mem_mib")
+
+
+class Telemetry:
+    """Writes on the main rank; counting is a collective that every rank takes part in.
+
+    peak: FLOP/s of all ranks together.
+    """
+
+    def __init__(
+        self, recipe: Recipe, engine: Any, ranks: Ranks, *, peak: float, batches_per_epoch: int
+    ) -> None:
+        self.recipe, self.engine, self.ranks, self.peak = recipe, engine, ranks, peak
+        self.batches_per_epoch = batches_per_epoch
+        self.config = engine.module.backbone.config
+        self.widths = recipe.loss.matryoshka_dims or [engine.module.dim]
+        self.file: MetricsFile | None = None
+
+    def open(self, first_step: int, bar: Progress, num_steps: int) -> None:
+        """Go on at a step: later lines of a run that was stopped are dropped."""
+        if self.ranks.is_main:
+            path = self.recipe.output / "metrics.jsonl"
+            self.file = MetricsFile(path, first_step=first_step)
+        self.bar = bar
+        self.task: TaskID = bar.add_task("train", total=num_steps, completed=first_step, note="")
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def record(
+        self,
+        step: int,
+        batch: RankBatch,
+        output: StepOutput,
+        *,
+        seconds: float,
+        waited: float,
+        temperature: float,
+        evaluation: dict[str, float] | None,
+    ) -> None:
+        """One step; counts are of the global batch, memory of the fullest rank."""
+        line = self._line(step, batch, output, seconds, waited)
+        line["temperature"] = temperature
+        if evaluation is not None:
+            line["evaluation"] = evaluation
+        if self.file is None:
+            return
+        self.file.write(line)
+        note = (
+            f"loss {line['loss']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  mfu {line['mfu']:.0%}"
+        )
+        if evaluation is not None:
+            note += "  " + "  ".join(f"{name} {x:.3f}" for name, x in evaluation.items())
+        self.bar.update(self.task, advance=1, note=note)
+        events = {f"train/{name}": line[name] for name in _CURVES}
+        events |= {f"loss/{name}": x for name, x in output.terms.items()}
+        events |= {f"eval/{name}": x for name, x in (evaluation or {}).items()}
+        samples = (step + 1) * self.recipe.train.batch_size
+        self.engine.monitor.write_events([(name, x, samples) for name, x in events.items()])
+
+    def _line(
+        self, step: int, batch: RankBatch, output: StepOutput, seconds: float, waited: float
+    ) -> dict[str, Any]:
+        pooled = self.recipe.step.pooled_last_block and self.recipe.model.pooling == "last"
+        lengths = [len(row) for row in batch.rows]
+        flops = 3 * forward_flops(self.config, lengths, last_token_only=pooled)
+        # a padded batch pads queries to the longest query and documents to the longest document
+        split = batch.num_queries
+        padded = sum(max(part) * len(part) for part in (lengths[:split], lengths[split:]))
+        counts = torch.tensor(
+            [batch.num_tokens, split, len(lengths), batch.num_cut, flops, padded],
+            dtype=torch.float64,
+        )
+        memory = torch.tensor(peak_memory_mib(self.ranks.device), dtype=torch.float64)
+        if self.ranks.world_size > 1:
+            counts, memory = counts.to(self.ranks.device), memory.to(self.ranks.device)
+            dist.all_reduce(counts)
+            dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        tokens, pairs, texts, cut, total_flops, slots = counts.tolist()
+        return {
+            "step": step,
+            "epoch": round((step + 1) / self.batches_per_epoch, 4),
+            "loss": output.loss,
+            "loss_by_prefix": {
+                str(d): x for d, x in zip(self.widths, output.loss_by_prefix, strict=True)
+            },
+            "loss_terms": output.terms,
+            "lr": self.engine.get_lr()[0],
+            "grad_norm": output.grad_norm,
+            "tokens": int(tokens),
+            "padding_avoided": 1 - tokens / slots,
+            "pairs": int(pairs),
+            "texts": int(texts),
+            "texts_cut": int(cut),
+            "false_negatives_masked": output.num_masked,
+            "chunks": output.num_chunks,
+            "chunks_kept": output.num_kept,
+            "tokens_per_s": tokens / seconds,
+            "pairs_per_s": pairs / seconds,
+            "mfu": total_flops / seconds / self.peak,
+            "peak_mem_mib": memory.item(),
+            "data_wait_s": waited,
+            "seconds": seconds,
+            "seconds_by_phase": {"data": waited, **output.seconds},
+        }
