@@ -79,6 +79,11 @@ def show(
     rows = [
         Choice("attention", name, why),
         *choices,
+        Choice(
+            "optimizer",
+            type(step.engine.basic_optimizer).__name__,
+            "DeepSpeed's kernel" if _is_deepspeeds(step.engine) else "torch's",
+        ),
         Choice("pooling", pool.choose_backend("auto", vectors), f"{device.type} kernel"),
         Choice("loss", many, f"{device.type}; plain where the batch is small"),
         Choice(
@@ -97,6 +102,10 @@ def show(
     for row in rows:
         table.add_row(row.what, row.chosen, row.why)
     console.print(table)
+
+
+def _is_deepspeeds(engine: Any) -> bool:
+    return type(engine.basic_optimizer).__module__.startswith("deepspeed")
 
 
 def _kept(step: GradCache) -> str:

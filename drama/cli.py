@@ -15,7 +15,7 @@ from drama.errors import UserError, exit_on_user_error
 
 SECTIONS = {
     "See it work": ["demo"],
-    "From LLM and text to a retriever": ["prune", "shard", "verify", "teach", "average"],
+    "From LLM and text to a retriever": ["prune", "shard", "verify", "plan", "teach", "average"],
     "Use it": ["export", "encode", "index", "search"],
     "Judge it": ["evaluate", "report"],
 }
@@ -160,6 +160,47 @@ def export(run: Path, out: Path, architecture: Any, dtype: str, check: bool) -> 
 
 
 @main.command()
+@click.option("--recipe", "path", type=FOLDER, required=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE")
+@click.option("--gpus", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--gpu-memory", type=click.FloatRange(1), default=80.0, show_default=True, help="GB.")
+@click.option("--mfu", type=click.FloatRange(0.01, 1), default=0.4, show_default=True)
+@click.option(
+    "--peak-tflops", type=click.FloatRange(1), default=989.0, show_default="989, an H100's in bf16"
+)
+def plan(
+    path: Path,
+    overrides: Sequence[str],
+    gpus: int,
+    gpu_memory: float,
+    mfu: float,
+    peak_tflops: float,
+) -> None:
+    """Predict memory and time of a recipe, and recommend ZeRO stage and token budget.
+
+    \b
+    drama plan --recipe recipes/long-context.yaml --gpus 8 --gpu-memory 80
+    """
+    from drama.plan import make_plan, tables
+    from drama.recipe import Recipe
+
+    found = make_plan(Recipe.load(path, overrides), gpus=gpus, gpu_gib=gpu_memory * 1e9 / 2**30)
+    for table in tables(found, mfu=mfu, peak_tflops=peak_tflops):
+        console.print(table)
+    if found.stage is None:
+        raise UserError(
+            f"no stage fits {gpu_memory:g} GB even with the smallest chunks; take more GPUs, a "
+            "smaller train.batch_size, or step.recompute_blocks"
+        )
+    kept = f"{found.kept_chunks:,} of {found.num_chunks:,} chunks' graphs kept"
+    console.print(
+        f"recommended: --set train.deepspeed={found.stage} --set "
+        f"train.token_budget={found.token_budget} ({kept})",
+        markup=False,
+    )
+
+
+@main.command()
 @click.argument("shards", type=FOLDER, nargs=-1, required=True)
 @click.option("--model", type=FOLDER, required=True, help="The teacher.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the vectors: loss.teacher.")
@@ -172,7 +213,7 @@ def teach(shards: Sequence[Path], model: Path, out: Path) -> None:
     \b
     drama teach shards/train --model ./all-MiniLM-L6-v2 --out teacher
     """
-    from drama.teacher import write_teacher_vectors
+    from drama.teach import write_teacher_vectors
 
     vectors = write_teacher_vectors(shards, model, out)
     count, width = vectors.vectors.shape

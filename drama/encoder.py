@@ -84,7 +84,7 @@ class Encoder(nn.Module):
                 Llama and EuroBERT, or a mask that is not the one that the settings declare.
         """
         folder = Path(path)
-        config = _read_config(folder)
+        config = read_config(folder)
         settings = settings or read_settings(folder)
         if rope:
             config.rope_parameters = {**config.rope_parameters, **rope}
@@ -267,7 +267,7 @@ def read_settings(folder: Path) -> RetrieverSettings:
         UserError: an unknown architecture, a file that is no JSON, or another pooling than last or
             mean.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     settings = RetrieverSettings()
     dims = getattr(config, "matryoshka_dimensions", None)
     if dims:
@@ -293,7 +293,7 @@ def read_settings(folder: Path) -> RetrieverSettings:
     )
 
 
-def _read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
     """The model's configuration, of an architecture whose blocks `hidden_states` runs exactly.
 
     Others look alike and are not: a sliding window, a scaled embedding or residual would be left

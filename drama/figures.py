@@ -71,14 +71,25 @@ CURVES = (
     Curve("data_wait_s", "Waiting for data", "ms per step", scale=1000, format=",g"),
     Curve("lr", "Learning rate", "learning rate", noisy=False, format=".1e"),
     Curve("grad_norm", "Gradient norm before clipping", "norm", format=",g"),
+    Curve("temperature", "Learned temperature", "temperature", noisy=False, format="g"),
+    Curve("chunks_kept", "Chunks encoded once", "chunks per step", noisy=False),
 )
 
 
 def training_figures(lines: Sequence[Line]) -> list[Figure]:
-    """The loss, then each of `CURVES`; fields that no line has are left out."""
+    """The loss, what the model was judged by, then each of `CURVES` and the time of a step; fields
+    that no line has, or that never change where change is the point, are left out."""
     with matplotlib.rc_context(STYLE):
         figures = [_loss(lines)] if _has(lines, "loss") else []
-        return figures + [_draw(lines, curve) for curve in CURVES if _has(lines, curve.field)]
+        judged = {name for line in lines for name in line.get("evaluation") or {}}
+        for title, names in (
+            ("nDCG@10 while training", sorted(name for name in judged if name != "loss")),
+            ("Held-out loss", ["loss"] if "loss" in judged else []),
+        ):
+            figures += [_judged(lines, title, names)] if names else []
+        wanted = [c for c in CURVES if _has(lines, c.field) and not _idle(lines, c.field)]
+        figures += [_draw(lines, curve) for curve in wanted]
+        return figures + ([_phases(lines)] if _has(lines, "seconds_by_phase") else [])
 
 
 def evaluation_bars(results: Results) -> Figure:
@@ -130,6 +141,42 @@ def _loss(lines: Sequence[Line]) -> Figure:
     if len(widths) > 1:
         axes.legend(ncols=2, loc="upper right")
     return figure
+
+
+def _judged(lines: Sequence[Line], title: str, names: Sequence[str]) -> Figure:
+    figure, axes = _axes(title, title.split()[0] if len(names) > 1 else "", "g")
+    judged = [line for line in lines if line.get("evaluation")]
+    steps = [line["step"] + 1 for line in judged]
+    for number, name in enumerate(names):
+        values = _column([line["evaluation"].get(name) for line in judged])
+        label = "mean" if name == "ndcg@10" else name.removeprefix("ndcg@10 ")
+        colour = INK if name in ("ndcg@10", "loss") else COLOURS[number % len(COLOURS)]
+        axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", ms=3.5, label=label)
+    if len(names) > 1:
+        axes.legend(ncols=2, loc="lower right")
+    return figure
+
+
+def _phases(lines: Sequence[Line]) -> Figure:
+    """Where a step's time goes, phases on top of each other."""
+    figure, axes = _axes("Time of a step", "seconds", "g")
+    timed = [line for line in lines if line.get("seconds_by_phase")]
+    names = list(timed[-1]["seconds_by_phase"])
+    size = math.ceil(len(timed) / MAX_POINTS)
+    steps = _binned(_column([line["step"] for line in timed]), size)
+    layers = []
+    for name in names:
+        layer = _binned(_column([line["seconds_by_phase"].get(name, 0.0) for line in timed]), size)
+        layers.append(_running_mean(layer, len(layer) // 50))
+    axes.stackplot(steps, layers, labels=names, colors=COLOURS, linewidth=0)
+    axes.legend(ncols=4, loc="lower right")
+    return figure
+
+
+def _idle(lines: Sequence[Line], field: str) -> bool:
+    """A temperature that is not learned, graphs that are never kept: no curve."""
+    values = {line.get(field) for line in lines}
+    return field in ("temperature", "chunks_kept") and len(values) == 1
 
 
 def _draw(lines: Sequence[Line], curve: Curve) -> Figure:

@@ -103,14 +103,11 @@ def infonce(
             raise ValueError(f"{name} is {index!r}, expected an int64 tensor [{len(k_ND)}]")
     if own_negatives is None:
         raise ValueError("own_negatives is None, expected False, True or an int64 tensor")
-    if not torch.compiler.is_compiling() and positive_B.device.type == "cpu":
-        first, last = (int(x) for x in torch.aminmax(positive_B))
-        if first < 0 or last >= len(k_ND):
-            raise ValueError(f"positive holds {first} to {last}, expected 0 to {len(k_ND) - 1}")
     widths, weights = _check_prefixes(q_BD.shape[1], prefixes, prefix_weights)
     _check_numbers(temperature, margin, q_BD.device)
     chosen = choose_backend(backend, q_BD, len(k_ND))
     if chosen == "reference":
+        _check_range(positive_B, len(k_ND))
         with torch.autocast(q_BD.device.type, enabled=False):
             output = infonce_reference(
                 *(q_BD.double(), k_ND.double(), positive_B),
@@ -132,12 +129,19 @@ def infonce(
         owner_N = owners(positive_B, len(k_ND)) if own_negatives is True else own_negatives
     inputs = (q_BD, k_ND, temperature)
     with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    options = (widths, weights, k_ids_N, margin, owner_N, symmetric, chosen, with_gradient)
+    options = (
+        *(widths, weights, k_ids_N, margin, owner_N, symmetric, chosen, with_gradient),
+        temperature.requires_grad,
+    )
     if torch.compiler.is_compiling():
         return InfoNCEOutput(*_infonce(q_BD, k_ND, positive_B, temperature, *options)[:5])
     # not the operator: for a small matrix its bookkeeping costs more than the matrix
     statistics: list[Tensor] = []
-    loss = _Eager.apply(q_BD, k_ND, positive_B, temperature, options, statistics)
+    try:
+        loss = _Eager.apply(q_BD, k_ND, positive_B, temperature, options, statistics)
+    except (RuntimeError, IndexError):
+        _check_range(positive_B, len(k_ND))  # torch has looked, on a CPU; here it gets a name
+        raise
     return InfoNCEOutput(loss, *statistics)
 
 
@@ -188,6 +192,12 @@ def _check_indices(name: str, x: Tensor, shape: torch.Size, device: torch.device
         )
 
 
+def _check_range(positive_B: Tensor, num_columns: int) -> None:
+    first, last = (int(x) for x in torch.aminmax(positive_B))
+    if first < 0 or last >= num_columns:
+        raise ValueError(f"positive holds {first} to {last}, expected 0 to {num_columns - 1}")
+
+
 def _check_prefixes(
     width: int, prefixes: Sequence[int] | None, prefix_weights: Sequence[float] | None
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -230,6 +240,7 @@ def _run(
     symmetric: bool,
     backend: str,
     with_gradient: bool,
+    trains_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fields of `InfoNCEOutput`, then dq, dk and dtemperature of the loss or empty tensors."""
     problem = Problem(
@@ -243,6 +254,7 @@ def _run(
         margin,
         owner_N,
         symmetric,
+        trains_temperature,
     )
     with torch.autocast(q_BD.device.type, enabled=False):
         done = _evaluate(problem, backend, with_gradient=with_gradient)
@@ -254,10 +266,10 @@ def _run(
             else torch.stack([part * w for part, w in zip(loss_P, weights, strict=True)])
         )
         loss = weighted.sum()
-    inputs = (q_BD, k_ND, temperature)
+    gradients = (done.dq_BD, done.dk_ND, done.dtemperature if trains_temperature else None)
     dq_BD, dk_ND, dtemperature = (
         x.new_empty(0) if grad is None else grad.to(_saved_dtype(x))
-        for grad, x in zip(done[4:], inputs, strict=True)
+        for grad, x in zip(gradients, (q_BD, k_ND, temperature), strict=True)
     )
     statistics = (loss_P, done.lse_PB, done.positive_score_PB, done.num_masked_B)
     return (loss, *statistics, dq_BD, dk_ND, dtemperature)
@@ -323,6 +335,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*output[5:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype, inputs[3].dtype
+    ctx.trains_temperature = inputs[-1]
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -331,7 +344,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]
         (g.to(grad_loss.dtype) * grad_loss).to(dtype)
         for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     )
-    return (dq_BD, dk_ND, None, dtemperature, *[None] * 8)
+    return (dq_BD, dk_ND, None, dtemperature if ctx.trains_temperature else None, *[None] * 9)
 
 
 @torch.library.custom_op("drama::infonce", mutates_args=())
@@ -348,9 +361,13 @@ def _infonce(
     symmetric: bool,
     backend: str,
     with_gradient: bool,
+    trains_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_run` for torch.compile, which wants contiguous outputs that share no memory."""
-    options = (widths, weights, k_ids_N, margin, owner_N, symmetric, backend, with_gradient)
+    options = (
+        *(widths, weights, k_ids_N, margin, owner_N, symmetric, backend, with_gradient),
+        trains_temperature,
+    )
     output = _run(q_BD, k_ND, positive_B, temperature, *options)
     loss, loss_P, lse, score, masked, dq, dk, dt = map(_alone, output)
     return loss, loss_P, lse, score, masked, dq, dk, dt
@@ -369,14 +386,15 @@ _infonce.register_autograd(_backward, setup_context=_save)
 def _(
     q_BD: Tensor, k_ND: Tensor, positive_B: Tensor, temperature: Tensor, widths: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
-    dtype, with_gradient = _accumulation_dtype(q_BD), rest[-1]
+    dtype, (with_gradient, trains_temperature) = _accumulation_dtype(q_BD), rest[-2:]
     num_rows, num_prefixes = len(q_BD), len(widths)
     statistics = [
         q_BD.new_empty(shape, dtype=dtype)
         for shape in ((), (num_prefixes,), (num_prefixes, num_rows), (num_prefixes, num_rows))
     ]
+    given = (with_gradient, with_gradient, with_gradient and trains_temperature)
     gradients = [
-        x.new_empty(x.shape if with_gradient else 0, dtype=_saved_dtype(x))
-        for x in (q_BD, k_ND, temperature)
+        x.new_empty(x.shape if wanted else 0, dtype=_saved_dtype(x))
+        for x, wanted in zip((q_BD, k_ND, temperature), given, strict=True)
     ]
     return (*statistics, positive_B.new_empty(num_rows), *gradients)

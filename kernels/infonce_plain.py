@@ -55,7 +55,8 @@ def evaluate(problem: Problem, *, with_gradient: bool) -> Evaluation:
     d_RD, dtemperature = gradients[-1]
     for narrow_RD, part in gradients[:-1]:
         d_RD[:, : narrow_RD.shape[1]] += narrow_RD
-        dtemperature += part
+        if dtemperature is not None:
+            dtemperature += part
     d_RD = problem.at_full_width(d_RD)
     dq_BD, dk_ND = d_RD[:num_rows], d_RD[num_rows:]
     return Evaluation(loss_PB, lse_PB, score_PB, num_masked_B, dq_BD, dk_ND, dtemperature)
@@ -89,8 +90,8 @@ def _add_columns(g_BN: Tensor, z_BN: Tensor, problem: Problem) -> Tensor:
 
 def _gradient(
     g_BN: Tensor, unit_RD: Tensor, norm_R1: Tensor, problem: Problem
-) -> tuple[Tensor, Tensor]:
-    """One prefix's gradient with respect to q and k, [R, D], and to the temperature."""
+) -> tuple[Tensor, Tensor | None]:
+    """One prefix's gradient with respect to q and k, [R, D], and to a trained temperature."""
     num_rows, temperature = len(g_BN), problem.temperature
     d_RD = torch.empty_like(unit_RD)
     torch.mm(g_BN, unit_RD[num_rows:], out=d_RD[:num_rows])
@@ -98,4 +99,6 @@ def _gradient(
     along_R1 = (d_RD * unit_RD).sum(1, keepdim=True)
     pull_R1 = along_R1 * (norm_R1 > EPS)  # a norm that was too short to be one stays EPS
     d_RD.addcmul_(unit_RD, pull_R1, value=-1).div_(norm_R1.mul_(temperature))
+    if not problem.trains_temperature:
+        return d_RD, None
     return d_RD, along_R1[:num_rows].sum().div_(-temperature.square())

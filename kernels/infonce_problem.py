@@ -32,6 +32,7 @@ class Problem(NamedTuple):
     margin: float | None
     owner_N: Tensor | None
     symmetric: bool
+    trains_temperature: bool
 
     @property
     def dtype(self) -> torch.dtype:

@@ -27,6 +27,10 @@ EVALUATION = {
 RECIPE = "name: tiny & small\ntrain:\n  lr: 2e-4  # <peak>\n"
 
 
+def evaluation(step: int) -> dict[str, float]:
+    return {"loss": 3.0 - step / 100, "ndcg@10 a": step / 50, "ndcg@10 b": 0.5, "ndcg@10": 0.4}
+
+
 def metrics(num: int) -> list[dict]:
     return [
         {
@@ -43,6 +47,10 @@ def metrics(num: int) -> list[dict]:
             "peak_mem_mib": 2048.0 + step,
             "data_wait_s": 0.002,
             "seconds": 0.6,
+            "temperature": 0.05 - step / 1000,
+            "chunks_kept": 0,
+            "seconds_by_phase": {"data": 0.002, "embed": 0.2, "step": 0.4 - step / 1000},
+            **({"evaluation": evaluation(step)} if step % 5 == 4 else {}),
         }
         for step in range(num)
     ]
@@ -91,7 +99,8 @@ def test_the_page_holds_every_part_and_needs_no_network(tmp_path):
     path = write_report(write_run(tmp_path / "run"))
     assert path == tmp_path / "run" / "report.html"
     page = Page(path)
-    assert page.tags.count("svg") == 9  # loss, seven curves, evaluation
+    # loss, two of the judgements while training, eight curves, phases, evaluation
+    assert page.tags.count("svg") == 13
     assert "script" not in page.tags
     assert all(link.startswith("#") for link in page.links)
     style = re.findall(r"<style[^>]*>(.*?)</style>", path.read_text(), re.DOTALL)
@@ -126,7 +135,22 @@ def test_missing_parts_are_left_out(tmp_path):
 
 
 def test_curves_are_the_numbers(tmp_path):
-    loss, throughput, pairs, mfu, memory, wait, lr, norm = training_figures(metrics(20))
+    figures = training_figures(metrics(20))
+    loss, ndcg, held_out, throughput, pairs, mfu, memory, wait, lr, norm, temperature, phases = (
+        figures
+    )
+    judged = {line.get_label(): line for line in ndcg.axes[0].lines}
+    assert list(judged) == ["mean", "a", "b"]
+    np.testing.assert_array_equal(judged["a"].get_xdata(), [5, 10, 15, 20])
+    np.testing.assert_allclose(judged["a"].get_ydata(), np.array([4, 9, 14, 19]) / 50)
+    (held_out_loss,) = held_out.axes[0].lines
+    np.testing.assert_allclose(held_out_loss.get_ydata(), 3 - np.array([4, 9, 14, 19]) / 100)
+    np.testing.assert_allclose(
+        temperature.axes[0].lines[0].get_ydata(), 0.05 - np.arange(20) / 1000
+    )
+    assert [layer.get_label() for layer in phases.axes[0].collections] == ["data", "embed", "step"]
+    top = phases.axes[0].collections[-1].get_paths()[0].vertices[:, 1].max()
+    assert top == pytest.approx(0.602)
     curves = {line.get_label(): line for line in loss.axes[0].lines}
     assert list(curves) == ["64 dimensions", "128 dimensions", "all, weighted"]
     expected = {"64 dimensions": 4.5, "128 dimensions": 3.5, "all, weighted": 4.0}

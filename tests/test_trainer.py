@@ -113,9 +113,7 @@ def test_a_finished_run_goes_on_from_its_checkpoint_alone(world, deepspeed):
     for run, steps in ((unbroken, 4), (cut, 2)):
         done = single(*options, "--set", f"output={run}", "--set", f"train.steps={steps}")
         assert done.returncode == 0, done.stderr[-3000:]
-    recipe = cut / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("steps: 2", "steps: 4"))
-    done = single("--recipe", str(recipe))
+    done = single(*options, "--set", f"output={cut}", "--set", "train.steps=4")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step 2" in done.stderr
     assert [x["loss"] for x in metrics(cut)] == [x["loss"] for x in metrics(unbroken)]
@@ -228,6 +226,8 @@ def test_a_run_folder_of_another_recipe_is_refused_and_kept(world):
     before = (world / "whole" / "metrics.jsonl").read_bytes()
     done = single("--recipe", str(world / "recipe.yaml"), "--set", "train.lr=1.0")
     refused(done, "train.lr = 0.003", "1.0", "another output")
+    longer = single("--recipe", str(world / "recipe.yaml"), "--set", "train.steps=90")
+    refused(longer, "train.steps = 9", "90")  # a cosine has an end
     assert (world / "whole" / "metrics.jsonl").read_bytes() == before
 
 

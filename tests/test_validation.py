@@ -21,8 +21,9 @@ from drama.data.sources import read_source
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.kernels.infonce_reference import infonce_reference
+from drama.recipe import DS_CONFIGS
 from drama.retrieve.evaluate import evaluate
-from drama.teacher import write_teacher_vectors
+from drama.teach import write_teacher_vectors
 from drama.testing import run_deepspeed
 from drama.validation import better
 
@@ -237,6 +238,21 @@ def test_what_does_not_fit_is_one_line(options, setting, words, tmp_path):
     assert len(lines) == 1, done.stderr[-2000:]
     for word in words:
         assert word in lines[0]
+
+
+def test_deepspeeds_monitors_get_what_the_metrics_say(world, tmp_path):
+    """By its CSV monitor; W&B and Comet are fed by the same call."""
+    config = json.loads((DS_CONFIGS / "zero1.json").read_text())
+    monitor = {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "job"}
+    (tmp_path / "mine.json").write_text(json.dumps({**config, "csv_monitor": monitor}))
+    done = alone(
+        "--recipe", str(world / "recipe.yaml"), "--set", f"output={tmp_path / 'run'}",
+        "--set", f"train.deepspeed={tmp_path / 'mine.json'}", "--set", "train.steps=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (table,) = (tmp_path / "csv").rglob("*loss*.csv")
+    values = [float(line.split(",")[1]) for line in table.read_text().splitlines()[1:]]
+    assert values == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
 
 
 def test_training_shards_are_no_held_out_ones(options, tmp_path):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import random
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -80,7 +83,7 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
         run()
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with _without_stderr(), torch.profiler.profile(profile_memory=True) as profile:
         run()
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
@@ -90,6 +93,20 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
         live += event.nbytes()  # negative where memory is freed
         peak = max(peak, live)
     return peak
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler's C++ side writes two lines there each time."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class Rows:

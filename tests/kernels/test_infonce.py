@@ -191,7 +191,7 @@ def test_the_operator_keeps_its_contract(backend, dtype, transposed):
     inputs = [
         (x.T.contiguous().T if transposed else x).requires_grad_() for x in (batch.q_BD, batch.k_ND)
     ]
-    options = ([4, 8], [1.0, 0.5], batch.ids_N, None, None, False, backend, True)
+    options = ([4, 8], [1.0, 0.5], batch.ids_N, None, None, False, backend, True, True)
     torch.library.opcheck(facade._infonce, (*inputs, batch.positive_B, temperature, *options))
 
 
@@ -374,6 +374,9 @@ def test_what_does_not_fit_is_named():
         ("own_negatives is None", (q_BD, k_ND, positive_B), {"own_negatives": None}),
         ("positive holds 0 to 6", (q_BD, k_ND, torch.tensor([0, 1, 6, 2])), {}),
         ("positive holds -1", (q_BD, k_ND, torch.tensor([0, 1, -1, 2])), {}),
+        ("positive holds 0 to 6", (q_BD, k_ND, torch.tensor([0, 1, 6, 2])), {"backend": "torch"}),
+        ("positive holds -1", (q_BD, k_ND, torch.tensor([0, 1, -1, 2])), {"backend": "torch"}),
+        ("positive holds -1", (q_BD, k_ND, torch.tensor([0, 1, -1, 2])), {"backend": "reference"}),
         ("both must be on one", (q_BD, k_ND.to("meta"), positive_B), {}),
         ("expected int64 .4. on cpu", (q_BD, k_ND, positive_B.to("meta")), {}),
         ("margin", (q_BD, k_ND, positive_B), {"margin": float("nan")}),

@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from drama import teacher
+from drama import teach
 from drama.data.records import content_id, document_hash64, query_hash64
 from drama.data.shards import write_shards
 from drama.data.sources import read_source
 from drama.encoder import Encoder
 from drama.errors import UserError
-from drama.teacher import TeacherVectors, write_teacher_vectors
+from drama.teach import write_teacher_vectors
+from drama.teacher import TeacherVectors
 from drama.testing import byte_tokenizer, tiny_llama
 
 PAIRS = Path(__file__).parents[1] / "data" / "demo" / "pairs.jsonl.xz"
@@ -30,7 +31,7 @@ def world(tmp_path_factory):
 
 
 def test_every_text_is_found_with_the_models_own_vector(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher, "BLOCK", 30)
+    monkeypatch.setattr(teach, "BLOCK", 30)
     vectors = write_teacher_vectors([world / "shards"], world / "model", tmp_path / "out")
     assert not (tmp_path / "out" / "blocks").exists()
     assert np.all(np.diff(vectors.ids) > 0)
@@ -55,13 +56,13 @@ def test_every_text_is_found_with_the_models_own_vector(world, tmp_path, monkeyp
 
 
 def test_a_killed_run_goes_on_and_a_finished_one_is_left_alone(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher, "BLOCK", 30)
+    monkeypatch.setattr(teach, "BLOCK", 30)
     arguments = ([world / "shards"], world / "model")
     whole = write_teacher_vectors(*arguments, tmp_path / "whole")
     calls = []
 
     def counted(fail_at):
-        encode = teacher.load_teacher(world / "model")
+        encode = teach.load_teacher(world / "model")
 
         def run(texts, kind):
             calls.append(len(texts))
@@ -71,19 +72,19 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_left_alone(world, tmp_path, 
 
         return run
 
-    load = teacher.load_teacher
+    load = teach.load_teacher
     stopping = counted(5)
-    monkeypatch.setattr(teacher, "load_teacher", lambda model: stopping)
+    monkeypatch.setattr(teach, "load_teacher", lambda model: stopping)
     with pytest.raises(KeyboardInterrupt):
         write_teacher_vectors(*arguments, tmp_path / "out")
     done = len(list((tmp_path / "out" / "blocks").glob("*.npz")))
     assert done == 2
     assert not (tmp_path / "out" / "manifest.json").exists()
-    monkeypatch.setattr(teacher, "load_teacher", load)
+    monkeypatch.setattr(teach, "load_teacher", load)
     again = write_teacher_vectors(*arguments, tmp_path / "out")
     np.testing.assert_array_equal(again.ids, whole.ids)
     np.testing.assert_array_equal(again.vectors, whole.vectors)
-    monkeypatch.setattr(teacher, "load_teacher", lambda model: pytest.fail("encoded again"))
+    monkeypatch.setattr(teach, "load_teacher", lambda model: pytest.fail("encoded again"))
     write_teacher_vectors(*arguments, tmp_path / "out")
 
 

@@ -1,0 +1,128 @@
+"""What `drama plan` predicts: against counting by hand, and against the memory of real steps."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from drama.cli import main as cli
+from drama.data.shards import write_shards
+from drama.data.sources import read_source
+from drama.plan import Model, Work, count_model, count_work, make_plan, memory
+from drama.recipe import Recipe
+from drama.testing import tiny_llama
+
+WORKER = Path(__file__).parent / "workers" / "plan_memory.py"
+PAIRS = Path(__file__).parents[1] / "data" / "demo" / "pairs.jsonl.xz"
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory) -> Path:
+    """A model large enough to stand out of a process's own memory: 24M weights."""
+    folder = tmp_path_factory.mktemp("plan")
+    tiny_llama(
+        folder / "backbone", hidden_size=512, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4, intermediate_size=2048, initializer_range=0.02,
+    )  # fmt: skip
+    write_shards(islice(read_source(PAIRS), 256), folder / "shards")
+    recipe = {
+        "name": "plan",
+        "output": str(folder / "run"),
+        "model": {"path": str(folder / "backbone")},
+        "data": {
+            "shards": [str(folder / "shards")],
+            "hard_negatives": 1,
+            "max_query_tokens": 64,
+            "max_document_tokens": 256,
+            "lanes": 8,
+        },
+        "train": {"batch_size": 64, "steps": 10, "token_budget": 2048, "precision": "fp32"},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_weights_are_counted(recipe_path, freeze):
+    recipe = Recipe.load(recipe_path, [f"model.freeze_embeddings={freeze}"])
+    model = count_model(recipe, torch.float32)
+    block = 2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 2048 + 2 * 512
+    assert model.weights == 260 * 512 + 6 * block + 512
+    assert model.frozen == (260 * 512 if freeze else 0)
+    assert model.width == 512
+
+
+def test_a_steps_work_is_that_of_its_batches(recipe_path):
+    """All records are in the sample, so an epoch's batches have its mean."""
+    recipe = Recipe.load(recipe_path)
+    work = count_work(recipe)
+    assert work.sampled
+    assert work.queries == 64
+    assert work.documents == 128
+    longest = count_work(Recipe.load(recipe_path, ["data.shards=[nowhere]"]))
+    assert not longest.sampled
+    assert longest.tokens == 64 * (64 + 2 * 256)
+    assert work.tokens < longest.tokens
+    assert work.flops < longest.flops
+
+
+def test_memory_by_hand():
+    """8 ranks, bf16: what every stage divides."""
+    model = Model(trained=10**8, frozen=0, width=768, graph_bytes=1000.0)
+    work = Work(queries=1024, documents=2048, tokens=10**6, flops=1e15, sampled=True)
+    common = {"ranks": 8, "token_budget": 8192, "dtype": torch.bfloat16}
+    one, two, three = (memory(model, work, stage=s, **common) for s in (1, 2, 3))
+    assert one.weights == two.weights == 2 * 10**8
+    assert three.weights == 2 * 10**8 // 8 + 2 * 10**8  # its shard, and all of it while in use
+    assert one.optimizer == two.optimizer == three.optimizer == 12 * 10**8 // 8
+    assert one.gradients == 2 * 10**8
+    assert one.activations == 8192 * 1000
+    assert one.total == max(one.phases.values())
+    away = memory(model, work, stage=3, offload=True, **common)
+    assert away.optimizer == 0
+    by_chunk = memory(model, work, stage=2, reduce_by_step=False, **common)
+    assert by_chunk.gradients == 2 * 10**8 // 8
+
+
+def test_the_recommendation_fits_and_the_next_larger_chunk_does_not(recipe_path):
+    recipe = Recipe.load(recipe_path, ["train.precision=bf16"])
+    plan = make_plan(recipe, gpus=4, gpu_gib=4)
+    assert plan.stage == "zero1"
+    tight = make_plan(recipe, gpus=4, gpu_gib=0.5)
+    assert tight.stage is None
+
+
+def test_the_command_says_what_to_set(recipe_path):
+    arguments = ["plan", "--recipe", str(recipe_path), "--gpus", "2", "--gpu-memory", "80"]
+    shown = CliRunner().invoke(cli, arguments)
+    assert shown.exit_code == 0, shown.output
+    for expected in ("zero1", "zero3_offload", "activations", "tokens/s", "recommended: --set"):
+        assert expected in shown.output
+    shown = CliRunner().invoke(cli, [*arguments[:-1], "1"])
+    assert shown.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_predicted_memory_is_within_15_percent_of_real_steps(memories, name):
+    real, planned = memories[name]
+    assert planned == pytest.approx(real, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def memories(recipe_path) -> dict[str, list[int]]:
+    out = recipe_path.parent / "memories.json"
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, str(WORKER), str(recipe_path), str(out), "zero1", "zero2", "zero3"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return json.loads(out.read_text())
