@@ -66,9 +66,13 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
         return "sdpa per sequence", "no varlen kernel for this device"
     if dtype not in (torch.bfloat16, torch.float16):
         return "sdpa per sequence", "the varlen kernels take 16-bit types only"
-    if importlib.util.find_spec("flash_attn") is not None:
-        return "flash-attn varlen", "flash_attn is installed"
-    return "torch varlen", "flash_attn is not installed"
+    try:
+        importlib.import_module("flash_attn").flash_attn_varlen_func  # noqa: B018
+    except (ImportError, AttributeError, OSError) as error:
+        absent = isinstance(error, ModuleNotFoundError)
+        why = "is not installed" if absent else f"cannot be used: {str(error).splitlines()[0]}"
+        return "torch varlen", f"flash_attn {why}"
+    return "flash-attn varlen", "flash_attn is installed"
 
 
 def varlen_attention(
@@ -133,6 +137,9 @@ def _sdpa_per_sequence(
     dtype = q_THE.dtype
     if q_THE.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         q_THE, k_TGE, v_TGE = q_THE.float(), k_TGE.float(), v_TGE.float()
+    if q_THE.is_cuda:  # the kernel with linear memory takes no groups in float32
+        group = q_THE.shape[1] // k_TGE.shape[1]
+        k_TGE, v_TGE = (x.repeat_interleave(group, 1) for x in (k_TGE, v_TGE))
     runs = [(length, len(list(group))) for length, group in itertools.groupby(layout.lengths)]
     sizes = [length * count for length, count in runs]
     query_sizes = [count for _, count in runs] if layout.last_query else sizes

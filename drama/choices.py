@@ -40,6 +40,8 @@ def prepare(encoder: Encoder, recipe: Recipe, device: torch.device) -> list[Choi
         recompute_blocks=step.recompute_blocks,
     )
     liger = _liger(recipe, device)
+    if step.compile and step.liger == "auto":  # the compiler fuses these itself
+        liger = Choice(liger.what, "transformers", "step.compile fuses them")
     if liger.chosen == "Liger-Kernel":
         fusion.use_liger(encoder.backbone, device.type)
     if step.compile:
@@ -75,7 +77,7 @@ def show(
     name, why = attention.choose_backend(device.type, dtype)
     many = infonce.choose_backend("auto", vectors.expand(4096, -1), 4096 * world)
     once = "one full gradient a rank fits" if recipe.step.grad_reduction == "auto" else "as asked"
-    often = "ZeRO 0 adds up locally" if not step.stage else "saves a full gradient's memory"
+    often = "adds up locally" if step.stage < 2 else "saves a full gradient's memory"
     rows = [
         Choice("attention", name, why),
         *choices,

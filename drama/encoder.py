@@ -87,7 +87,11 @@ class Encoder(nn.Module):
         config = read_config(folder)
         settings = settings or read_settings(folder)
         if rope:
-            config.rope_parameters = {**config.rope_parameters, **rope}
+            # the length that yarn and llama3 stretch from, before it is raised
+            made_for = {"original_max_position_embeddings": config.max_position_embeddings}
+            stretched = rope.get("rope_type") in ("yarn", "llama3")
+            given = {**(made_for if stretched else {}), **config.rope_parameters, **rope}
+            config.rope_parameters = given
             config.max_position_embeddings = max(
                 config.max_position_embeddings, settings.max_tokens
             )

@@ -45,11 +45,14 @@ def use_liger(backbone: Any, device_type: str) -> None:
             layer.mlp.forward = functools.partial(swiglu, layer.mlp)
     modeling: Any = sys.modules[type(backbone.layers[0].self_attn).__module__]
     plain = modeling.apply_rotary_pos_emb
+    if hasattr(plain, "without_liger"):  # an earlier model has done it
+        return
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Any:
         chosen = rope if q.device.type == device_type else plain
         return chosen(q, k, cos, sin, **options)
 
+    rotate.without_liger = plain  # type: ignore[attr-defined]
     modeling.apply_rotary_pos_emb = rotate
 
 

@@ -70,12 +70,20 @@ def keep_freed_memory() -> None:
 
 
 def _freed_bytes() -> int:
-    """What malloc holds and nobody uses."""
+    """What malloc holds in memory and nobody uses. Not its own count of free bytes: many of those
+    were never touched, or were given back, and take no memory."""
     libc = _libc()
     if not hasattr(libc, "mallinfo2"):
         return 0
     libc.mallinfo2.restype = _MallocInfo
-    return int(libc.mallinfo2().fordblks)
+    return max(0, _resident("RssAnon") - int(libc.mallinfo2().uordblks))
+
+
+def _give_back_freed_memory() -> None:
+    """So that the high-water mark begins at what is in use."""
+    libc = _libc()
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 class _MallocInfo(ctypes.Structure):
@@ -137,7 +145,7 @@ def _statistics(path: Path) -> dict[str, int]:
 class PeakMemory:
     """Bytes beyond the present use that a stretch of work takes at its highest.
 
-    CUDA: the allocator's count. CPU: the resident set, less what malloc held unused at the start;
+    CUDA: the allocator's count. CPU: the resident set, after malloc gave back what it held unused;
     Linux resets its high-water mark on request; elsewhere it is the mark since the process began.
     """
 
@@ -147,9 +155,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
             return
+        _give_back_freed_memory()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        self.before = _resident("VmRSS") - _freed_bytes()
+        self.before = _resident("VmRSS")
 
     def taken(self) -> int:
         """The peak so far, less what was in use at the start."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import time
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ GPU_PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -66,7 +69,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, peak in GPU_PEAK_FLOPS.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):
                 return peak
     return matmul_rate(device, dtype)
 

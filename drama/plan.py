@@ -39,6 +39,7 @@ GIB = 2**30
 ADAM = 8  # bytes a weight: two float32 moments
 MASTER = 4
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: gathered weights of ZeRO 3
+REDUCE_BUCKET = 50_000_000  # elements, as ds_configs/ says; DeepSpeed's own is ten times that
 TRITON_WORK = 5 * 2**27  # E of `infonce_triton`, and its partial sums
 SAMPLE = 512  # records that are tokenised to learn lengths
 BUDGETS = (4096, 8192, 16384, 32768, 65536)
@@ -206,8 +207,10 @@ def memory(
         weights = weights // ranks + min(model.weights, LIVE_PARAMETERS) * size
     states = (ADAM + MASTER) * model.trained // shard if stage else ADAM * model.trained
     gradients = model.trained * size
+    if stage == 3:  # a bucket that lives all the time
+        gradients += REDUCE_BUCKET * size
     if not reduce_by_step and stage >= 2:
-        gradients //= shard
+        gradients -= model.trained * size * (shard - 1) // shard
     # the update reads float32 gradients of this rank's part; torch's AdamW writes two more
     update = MASTER * model.trained // shard if stage else 0
     if not on_gpu:
@@ -301,33 +304,28 @@ def make_plan(recipe: Recipe, *, gpus: int, gpu_gib: float) -> Plan:
     return Plan(recipe, model, work, gpus, room, asked, stage, budget, kept)
 
 
+PARTS = (
+    "weights", "optimizer", "gradients", "activations", "vectors", "keys", "loss", "update",
+)  # fmt: skip
+
+
 def tables(plan: Plan, *, mfu: float, peak_tflops: float) -> list[Table]:
-    """Memory by stage and part; the step and the run."""
-    parts = (
-        "weights",
-        "optimizer",
-        "gradients",
-        "activations",
-        "vectors",
-        "keys",
-        "loss",
-        "update",
-    )
-    dtype = plan.recipe.train.precision
+    """Memory by part and stage; the step and the run."""
     table = Table(
         "GiB a rank",
-        *parts,
-        "peak",
-        "fits",
-        title=f"{plan.model.weights / 1e6:,.0f}M weights, {dtype}, {plan.ranks} GPUs, "
-        f"chunks of {plan.recipe.train.token_budget:,} tokens, no graph kept",
+        *plan.by_stage,
+        title=f"{plan.model.weights / 1e6:,.0f}M weights, {plan.recipe.train.precision}, "
+        f"{plan.ranks} GPUs, chunks of {plan.recipe.train.token_budget:,} tokens, no graph kept",
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    for stage, found in plan.by_stage.items():
-        cells = [f"{getattr(found, part) / GIB:,.2f}" for part in parts]
-        fits = "yes" if found.total <= plan.gpu_bytes else "no"
-        table.add_row(stage, *cells, f"{found.total / GIB:,.2f}", fits)
+    for part in PARTS:
+        values = (getattr(found, part) / GIB for found in plan.by_stage.values())
+        table.add_row(part, *(f"{value:,.2f}" for value in values))
+    totals = [found.total for found in plan.by_stage.values()]
+    table.add_section()
+    table.add_row("peak", *(f"{total / GIB:,.2f}" for total in totals))
+    table.add_row("fits", *("yes" if total <= plan.gpu_bytes else "no" for total in totals))
     work, train = plan.work, plan.recipe.train
     flops = 3 * work.flops
     rate = mfu * peak_tflops * 1e12 * plan.ranks

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from drama.errors import UserError, nearest
 from drama.files import replacing
@@ -22,6 +29,13 @@ from drama.files import replacing
 DS_CONFIGS = Path(__file__).parent / "ds_configs"
 Positive = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+# YAML 1.1 reads a bare on or off as true or false
+OnOff = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda x: {True: "on", False: "off"}.get(x, x) if isinstance(x, bool) else x),
+]
 
 
 class _Strict(BaseModel):
@@ -32,7 +46,7 @@ class RopeRecipe(_Strict):
     """Rotary positions other than the backbone's own; the keys are those of transformers."""
 
     rope_theta: Annotated[float, Field(gt=0)] | None = None
-    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] | None = None
+    rope_type: Literal["default", "linear", "yarn", "llama3"] | None = None
     factor: Annotated[float, Field(ge=1)] | None = None
     original_max_position_embeddings: Positive | None = None
     low_freq_factor: Annotated[float, Field(gt=0)] | None = None  # llama3
@@ -123,7 +137,7 @@ class StepRecipe(_Strict):
     recompute_blocks: bool = False  # activation checkpointing: block inputs only, for long texts
     pooled_last_block: bool = True  # the last block only at the token that is pooled
     pooled_norm: bool = True  # the final norm only where the pooling reads it
-    liger: Literal["auto", "on", "off"] = "auto"  # Liger-Kernel's norm, SwiGLU, RoPE; CUDA only
+    liger: OnOff = "auto"  # Liger-Kernel's norm, SwiGLU, RoPE; CUDA only
     compile: bool = False  # torch.compile of norms and feed-forward; not with ZeRO 3
 
 

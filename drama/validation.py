@@ -108,7 +108,9 @@ class Validator:
                 raise UserError(f"{folder}: qrels {wanted} judge '{query_id}', which is unknown")
         documents = list(read_corpus(folder))
         if not documents or not qrels:
-            raise UserError(f"{folder} has nothing to judge: no documents, or no {wanted} judgements")
+            raise UserError(
+                f"{folder} has nothing to judge: no documents, or no {wanted} judgements"
+            )
         data = self.recipe.data
         return _Dataset(
             folder.resolve().name,

@@ -55,7 +55,7 @@ def evaluate(problem: Problem, *, with_gradient: bool) -> Evaluation:
     d_RD, dtemperature = gradients[-1]
     for narrow_RD, part in gradients[:-1]:
         d_RD[:, : narrow_RD.shape[1]] += narrow_RD
-        if dtemperature is not None:
+        if dtemperature is not None and part is not None:
             dtemperature += part
     d_RD = problem.at_full_width(d_RD)
     dq_BD, dk_ND = d_RD[:num_rows], d_RD[num_rows:]

@@ -72,7 +72,9 @@ def main(
             folder, encoder = random_retriever(Path(scratch) / "model", bench.SHAPES[shape])
             whole = bench.read_pairs(encoder, pairs, sizes[-1], 64, max_tokens)
 
-            def run(ways: Sequence[bench.Way], size: int, rounds: int) -> dict[str, float]:
+            def run(
+                ways: Sequence[bench.Way], size: int, rounds: int, part: str
+            ) -> dict[str, float]:
                 batch = bench.first_pairs(whole, size)
                 note = f"{shape}, {size} pairs, {batch.num_tokens:,} tokens"
                 console.rule(note, align="left")
@@ -80,6 +82,8 @@ def main(
                     *(ways, batch, folder, device, rows),
                     shape=shape,
                     rounds=rounds,
+                    max_tokens=max_tokens,
+                    part=part,
                     note=lambda line: console.print(line, highlight=False),
                 )
                 if not quick:
@@ -89,14 +93,14 @@ def main(
             our_ways = [bench.Ours(token_budget=b) for b in budgets]
             their_ways = [bench.Theirs(n) for n in mini]
             their_ways += [bench.Theirs(num_tokens=b) for b in budgets]
-            speeds = run([*our_ways, *their_ways], sizes[0], 1)
+            speeds = run([*our_ways, *their_ways], sizes[0], 1, "sweep")
             ours, theirs = bench.fastest(speeds, our_ways), bench.fastest(speeds, their_ways)
             for size in sizes:
-                found = run([ours, theirs], size, rounds)
+                found = run([ours, theirs], size, rounds, "compared")
                 ratio = found[str(ours)] / found[str(theirs)]
                 console.print(f"[bold]{size} pairs: {ratio:.2f} times theirs[/]", highlight=False)
             if ablation:
-                run([ours, *bench.ablation(ours)], sizes[0], rounds)
+                run([ours, *bench.ablation(ours)], sizes[0], rounds, "ablation")
 
 
 if __name__ == "__main__":

@@ -147,3 +147,18 @@ def test_bad_folders_are_named(tmp_path, model):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
     with pytest.raises(UserError, match=str(tmp_path)):
         Encoder.from_pretrained(tmp_path)
+
+
+def test_yarn_stretches_from_the_length_that_the_backbone_was_made_for(tmp_path):
+    """transformers would take the raised length for it, and stretch nothing."""
+    tiny_llama(tmp_path / "m", max_position_embeddings=128)
+    settings = RetrieverSettings(max_tokens=512)
+    rope = {"rope_type": "yarn", "factor": 4.0}
+    named = {**rope, "original_max_position_embeddings": 128}
+    frequencies = [
+        Encoder.from_pretrained(tmp_path / "m", settings=settings, rope=r).backbone.rotary_emb
+        for r in (rope, named, {**rope, "original_max_position_embeddings": 512})
+    ]
+    first, second, third = (rotary.inv_freq for rotary in frequencies)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)

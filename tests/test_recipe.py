@@ -189,7 +189,7 @@ def test_a_wrong_value_names_key_and_value(path: Path, override: str, where: str
     [
         ("model.pooling=max", "'last' or 'mean' (got 'max')"),
         ("model.attention=full", "'bidirectional' or 'causal' (got 'full')"),
-        ("train.schedule=step", "'cosine', 'linear' or 'constant' (got 'step')"),
+        ("train.schedule=step", "'cosine', 'linear', 'wsd' or 'constant' (got 'step')"),
         ("train.precision=fp16", "'auto', 'bf16' or 'fp32' (got 'fp16')"),
     ],
 )
@@ -368,3 +368,13 @@ def test_an_unknown_name_lists_the_known(path: Path) -> None:
     message = str(caught.value)
     assert message.startswith("train.deepspeed 'zero33' is neither one of zero0, zero1, ")
     assert message.endswith("(did you mean 'zero3'?)")
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_a_bare_on_or_off_is_that_word(tmp_path, word):
+    """YAML reads it as true or false, in a file and in an override."""
+    path = tmp_path / "recipe.yaml"
+    tree = {"name": "x", "output": "o", "model": {"path": "m"}, "data": {"shards": ["s"]}}
+    path.write_text(yaml.safe_dump({**tree, "train": {"steps": 1}}) + f"step:\n  liger: {word}\n")
+    assert Recipe.load(path).step.liger == word
+    assert Recipe.load(path, [f"step.liger={word}"]).step.liger == word

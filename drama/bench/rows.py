@@ -126,7 +126,7 @@ class Rows:
     ) -> None:
         """One figure: median, 20th and 80th percentile of `values`."""
         low, high = (
-            (statistics.quantiles(values, n=5)[i] for i in (0, 3))
+            (statistics.quantiles(values, n=5, method="inclusive")[i] for i in (0, 3))
             if len(values) > 1
             else values * 2
         )
@@ -197,11 +197,16 @@ def versions() -> str:
 
 def commit() -> str:
     """The checkout's commit, marked where it has changes."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
+    found = _git("describe", "--always")
+    # what was measured a minute ago is no change of the code
+    changed = _git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks")
+    return f"{found}-dirty" if found and changed else found or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command, here = ["git", *arguments], Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()

@@ -10,6 +10,7 @@ time is written.
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,7 +76,8 @@ W = TypeVar("W", Ours, Theirs)
 
 
 class PaddedEncoder(Encoder):
-    """The same vectors by Hugging Face's own forward over a padded batch."""
+    """The same vectors by Hugging Face's own forward over a padded batch: neither packed, nor the
+    last block and the norm where they are read."""
 
     def forward(self, batch: PackedBatch) -> Tensor:
         lengths_B = batch.cu_seqlens.diff()
@@ -124,7 +126,7 @@ def first_pairs(batch: RankBatch, count: int) -> RankBatch:
 
 
 @contextmanager
-def ours(way: Ours, folder: Path, device: torch.device) -> Iterator[Callable[[RankBatch], float]]:
+def ours(way: Ours, folder: Path) -> Iterator[Callable[[RankBatch], float]]:
     """A step of ours; returns the loss before the update."""
     kind = Encoder if way.packed else PaddedEncoder
     encoder = kind.from_pretrained(folder).train()
@@ -136,7 +138,7 @@ def ours(way: Ours, folder: Path, device: torch.device) -> Iterator[Callable[[Ra
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 0.0,
             "bf16": {"enabled": True},
-            "zero_optimization": {"stage": 1},
+            "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000},
             "steps_per_print": 2**31,
         },
     )
@@ -198,11 +200,14 @@ def measure(
     *,
     shape: str,
     rounds: int,
+    max_tokens: int,
+    part: str,
     note: Callable[[str], None],
 ) -> dict[str, float]:
     """Time every way `rounds` times in turn after a warm-up; return median tokens/s by way.
 
-    The ways live one after the other in each round, so that none takes the other's memory.
+    The ways live one after the other in each round, so that none takes the other's memory. One that
+    runs out of memory gets a row that says so. part: of the benchmark, for the rows.
     """
     encoder = Encoder.from_pretrained(folder)
     config, lengths = encoder.backbone.config, [len(row) for row in batch.rows]
@@ -212,44 +217,67 @@ def measure(
     seconds: dict[str, list[float]] = {str(way): [] for way in ways}
     losses: dict[str, float] = {}
     memory: dict[str, int] = {}
+    failed: set[str] = set()
     for _ in range(rounds):
-        for way in ways:
+        for way in [way for way in ways if str(way) not in failed]:
             name = str(way)
-            opened = (
-                ours(way, folder, device) if isinstance(way, Ours) else theirs(way, folder, device)
-            )
-            with opened as step:
-                if isinstance(way, Ours):
-                    step(batch)  # finds out how many graphs fit
-                    step(batch)  # takes their memory for the first time
-                else:
-                    step(first_pairs(batch, min(32, batch.num_queries)))
-                high = PeakMemory(device)
-                start = time.perf_counter()
-                losses[name] = step(batch)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - start)
-                memory[name] = high.taken()
-            del opened, step
-            gc.collect()
+            try:
+                seconds[name].append(_timed(way, batch, folder, device, losses, memory))
+            except torch.OutOfMemoryError:
+                failed.add(name)
+                note(f"{name}: out of memory")
+                continue
+            finally:
+                gc.collect()
             note(
                 f"{name}: {sum(lengths) / seconds[name][-1]:,.0f} tokens/s, loss {losses[name]:.4f}"
             )
     _check_losses(losses)
     speeds = {}
-    x = f"B={batch.num_queries}"
+    x, mode = f"B={batch.num_queries}, {max_tokens} tokens at most", f"step, {part}"
     for way in ways:
         name = str(way)
-        setting = {"shape": shape, **asdict(way)}
+        setting = {"shape": shape, "tokens": sum(lengths), **asdict(way)}
+        if name in failed:
+            speeds[name] = 0.0
+            rows.add(name, mode, "out of memory", x, [1.0], setting)
+            continue
         speed = [sum(lengths) / s for s in seconds[name]]
-        speeds[name] = sorted(speed)[len(speed) // 2]
-        rows.add(name, "step", "tokens/s", x, speed, setting)
-        rows.add(name, "step", "seconds", x, seconds[name], setting)
-        rows.add(name, "step", "MFU", x, [flops / s / peak for s in seconds[name]], setting)
-        rows.add(name, "step", "peak MiB", x, [memory[name] / 2**20], setting)
-        rows.add(name, "step", "loss", x, [losses[name]], setting)
+        speeds[name] = statistics.median(speed)
+        rows.add(name, mode, "tokens/s", x, speed, setting)
+        rows.add(name, mode, "seconds", x, seconds[name], setting)
+        rows.add(name, mode, "MFU", x, [flops / s / peak for s in seconds[name]], setting)
+        rows.add(name, mode, "peak MiB", x, [memory[name] / 2**20], setting)
+        rows.add(name, mode, "loss", x, [losses[name]], setting)
     return speeds
+
+
+def _timed(
+    way: Way,
+    batch: RankBatch,
+    folder: Path,
+    device: torch.device,
+    losses: dict[str, float],
+    memory: dict[str, int],
+) -> float:
+    """Seconds of one step after its warm-up; notes loss and peak memory."""
+    opened = ours(way, folder) if isinstance(way, Ours) else theirs(way, folder, device)
+    with opened as step:
+        if isinstance(way, Ours):
+            step(batch)  # finds out how many graphs fit
+            step(batch)  # takes their memory for the first time
+        else:
+            step(first_pairs(batch, min(32, batch.num_queries)))
+        high = PeakMemory(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        losses[str(way)] = step(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        memory[str(way)] = high.taken()
+    return seconds
 
 
 def _check_losses(losses: dict[str, float]) -> None:

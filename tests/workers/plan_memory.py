@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from drama.bench.rows import peak_bytes
 from drama.console import quiet_libraries
 from drama.distributed import Ranks
-from drama.memory import PeakMemory
 from drama.plan import STAGES, count_model, count_work, memory
 from drama.recipe import Recipe
 from drama.trainer import Trainer
@@ -32,11 +32,15 @@ def measure(path: Path, name: str) -> list[int]:
         on_gpu=False,
     )
     with Ranks.start() as ranks:
-        peak = PeakMemory(ranks.device)
-        trainer = Trainer(recipe, ranks)
-        for step in range(3):
-            trainer.step_runner.step(trainer.batches[step])
-        real = peak.taken()
+
+        def train() -> None:
+            trainer = Trainer(recipe, ranks)
+            for step in range(2):
+                trainer.step_runner.step(trainer.batches[step])
+            kept.append(trainer)
+
+        kept: list[Trainer] = []  # alive to the end: what dies inside is no peak
+        real = peak_bytes(train, ranks.device)
     print(
         name, real / 2**20, {k: round(v / 2**20) for k, v in vars(planned).items()}, planned.phases
     )
