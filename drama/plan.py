@@ -13,7 +13,7 @@ the gradient cache hold at their three high points:
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -110,42 +110,50 @@ def count_model(recipe: Recipe, dtype: torch.dtype) -> Model:
         whole = AutoModel.from_config(config)
     total = sum(p.numel() for p in whole.parameters())
     frozen = whole.embed_tokens.weight.numel() if recipe.model.freeze_embeddings else 0
-    return Model(total - frozen, frozen, config.hidden_size, graph_bytes(config, recipe, dtype))
+    step = recipe.step
+    per_token = graph_bytes(
+        config,
+        load_tokenizer(recipe.model.path),
+        RetrieverSettings(recipe.model.pooling, recipe.model.attention),
+        Execution(step.pooled_last_block, step.pooled_norm, step.recompute_blocks),
+        dtype,
+        max(16, min(512, recipe.data.max_document_tokens)),
+    )
+    return Model(total - frozen, frozen, config.hidden_size, per_token)
 
 
-def graph_bytes(config: Any, recipe: Recipe, dtype: torch.dtype) -> float:
-    """Bytes a token that a chunk's graph keeps, by running two and three blocks of this shape.
+def graph_bytes(
+    config: Any,
+    tokenizer: Any,
+    settings: RetrieverSettings,
+    execution: Execution,
+    dtype: torch.dtype,
+    length: int,
+) -> float:
+    """Bytes a token that a chunk's graph keeps, by running two and three blocks of this shape on
+    two texts of this length.
 
     An upper bound for a GPU in bf16: attention on a CPU keeps float32 copies.
     """
-    execution = Execution(
-        recipe.step.pooled_last_block, recipe.step.pooled_norm, recipe.step.recompute_blocks
-    )
-    data = recipe.data
-    length = max(16, min(512, data.max_document_tokens))
-    tokenizer = load_tokenizer(recipe.model.path)
-    settings = RetrieverSettings(recipe.model.pooling, recipe.model.attention)
 
     def run(layers: int, execution: Execution) -> float:
         small = copy.deepcopy(config)
         small.num_hidden_layers, small.vocab_size, small.pad_token_id = layers, 64, None
-        small.attn_implementation = ATTENTION_NAME
         backbone = AutoModel.from_config(small, attn_implementation=ATTENTION_NAME)
         encoder = Encoder(backbone, tokenizer, settings).to(dtype).train()
         encoder.execution = execution
         counter = GraphBytes(encoder.parameters())
-        batch = pack([[5] * length] * 2)
         with counter.watch():
-            encoder(batch)
+            encoder(pack([[5] * length] * 2))
         # the blocks' inputs, which autograd does not list
         inputs = layers * 2 * length * encoder.dim * dtype.itemsize
         kept = counter.total + (inputs if execution.recompute_blocks else 0)
         return kept / (2 * length)
 
-    block = run(3, execution) - run(2, execution)
-    total = run(2, execution) + (config.num_hidden_layers - 2) * block
+    two = run(2, execution)
+    total = two + (config.num_hidden_layers - 2) * (run(3, execution) - two)
     if execution.recompute_blocks:  # one block at a time runs again
-        plain = Execution(execution.pooled_last_block, execution.pooled_norm)
+        plain = replace(execution, recompute_blocks=False)
         total += run(3, plain) - run(2, plain)
     return total
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import EuroBertConfig, EuroBertModel
+import torch
+from transformers import EuroBertConfig
 
 from drama.bench.rows import Rows
 from drama.blocks import Execution
-from drama.data.batches import pack
-from drama.encoder import Encoder, RetrieverSettings
-from drama.memory import GraphBytes
+from drama.encoder import RetrieverSettings
+from drama.plan import graph_bytes
 from drama.testing import byte_tokenizer
 
 # the paper's three sizes; 1b is Llama-3.2-1B, its two pruned ones are those of `drama prune --to`
@@ -17,7 +17,8 @@ SHAPES = {
     "0.3b": {"layers": 16, "hidden": 1024, "heads": 16, "kv_heads": 4, "ffn": 4096},
     "1b": {"layers": 16, "hidden": 2048, "heads": 32, "kv_heads": 8, "ffn": 8192},
 }
-TEXTS, LENGTH = 2, 512
+LENGTH = 512
+MODES = {False: "all kept", True: "block inputs only"}
 VOCABULARY = 128_256  # Llama 3's; embeddings are tied to nothing here
 
 
@@ -27,39 +28,21 @@ def measure(rows: Rows) -> None:
     An upper bound for a GPU: attention on a CPU keeps float32 copies, the varlen kernels do not.
     """
     for name, shape in SHAPES.items():
-        by_layers = {
-            (layers, recompute): _bytes(shape | {"layers": layers}, recompute)
-            for layers in (2, 3)
-            for recompute in (False, True)
-        }
+        config = EuroBertConfig(
+            vocab_size=260,
+            hidden_size=shape["hidden"],
+            num_hidden_layers=shape["layers"],
+            num_attention_heads=shape["heads"],
+            num_key_value_heads=shape["kv_heads"],
+            intermediate_size=shape["ffn"],
+            pad_token_id=0,
+        )
         for recompute in (False, True):
-            block = by_layers[3, recompute] - by_layers[2, recompute]
-            total = by_layers[2, recompute] + (shape["layers"] - 2) * block
-            if recompute:  # the blocks' inputs, and one block at a time when it runs again
-                total += by_layers[3, False] - by_layers[2, False]
-            mode = "block inputs only" if recompute else "all kept"
-            rows.add("drama", mode, "bytes a token", name, [total / (TEXTS * LENGTH)], shape)
+            execution, mode = Execution(recompute_blocks=recompute), MODES[recompute]
+            model = (config, byte_tokenizer(), RetrieverSettings(), execution)
+            found = graph_bytes(*model, torch.bfloat16, LENGTH)
+            rows.add("drama", mode, "bytes a token", name, [found], shape)
         rows.add("drama", "weights", "parameters", name, [float(_parameters(shape))], shape)
-
-
-def _bytes(shape: dict[str, int], recompute: bool) -> int:
-    config = EuroBertConfig(
-        vocab_size=260,
-        hidden_size=shape["hidden"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        intermediate_size=shape["ffn"],
-        pad_token_id=0,
-    )
-    encoder = Encoder(EuroBertModel(config), byte_tokenizer(), RetrieverSettings())
-    encoder = encoder.bfloat16().train()
-    encoder.execution = Execution(recompute_blocks=recompute)
-    counter = GraphBytes(encoder.parameters())
-    with counter.watch():
-        encoder(pack([[5] * LENGTH] * TEXTS))
-    inputs = shape["layers"] * TEXTS * LENGTH * shape["hidden"] * 2 if recompute else 0
-    return counter.total + inputs
 
 
 def _parameters(shape: dict[str, int]) -> int:
