@@ -110,7 +110,7 @@ def test_the_command_says_what_to_set(recipe_path):
     assert shown.exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
 def test_predicted_memory_is_within_15_percent_of_real_steps(memories, name):
     real, planned = memories[name]
     assert planned == pytest.approx(real, rel=0.15)
@@ -120,7 +120,7 @@ def test_predicted_memory_is_within_15_percent_of_real_steps(memories, name):
 def memories(recipe_path) -> dict[str, list[int]]:
     out = recipe_path.parent / "memories.json"
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, str(WORKER), str(recipe_path), str(out), "zero1", "zero2", "zero3"]
+    command = [sys.executable, str(WORKER), str(recipe_path), str(out), "zero1", "zero3"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=500, env=environment, check=False
     )
