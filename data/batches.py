@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from drama.data.order import LaneOrder
 from drama.data.records import Document, Record, content_id, document_hash64, query_hash64
-from drama.data.stream import LaneOrder, ShardSet
+from drama.data.stream import ShardSet
 from drama.tokenizer import TextEncoder
 
 

@@ -1,4 +1,4 @@
-"""BEIR folders: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, each plain or .gz or .xz.
+"""BEIR folders: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv, each plain, .gz, .xz or .zst.
 
 The layout of Thakur et al. 2021, "BEIR" (arXiv 2104.08663): corpus lines hold `_id`, `title`,
 `text`; query lines hold `_id`, `text`; qrels are tab-separated with a header line.
@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drama.data.lines import read_lines, read_objects
+from drama.data.lines import PACKED_SUFFIXES, read_lines, read_objects
 from drama.data.records import Document
 from drama.errors import UserError, nearest
-
-SUFFIXES = ("", ".gz", ".xz")
 
 
 def is_beir(folder: str | Path) -> bool:
@@ -103,7 +101,7 @@ def read_qrels(folder: str | Path, split: str) -> dict[str, dict[str, int]]:
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    paths = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
+    paths = (folder / f"{name}{suffix}" for suffix in PACKED_SUFFIXES)
     return next((path for path in paths if path.is_file()), None)
 
 

@@ -1,10 +1,13 @@
-"""Lines and JSON objects out of plain, gzip or xz files, with the place of every fault."""
+"""Lines and JSON objects out of plain, gzip, xz or zstd files, with the place of every fault."""
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,25 +17,88 @@ from drama.errors import UserError
 
 GZIP_MAGIC = b"\x1f\x8b"
 XZ_MAGIC = b"\xfd7zXZ\x00"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+READ_CHARS = 2**16
+MAX_ITEM_CHARS = 2**26
+_SEPARATORS = re.compile(r"[\s,\[\ufeff]*")  # before an item, which is an object
 UTF8_BOM = b"\xef\xbb\xbf"
+PACKED_SUFFIXES = ("", ".gz", ".xz", ".zst")
 
 
-def open_bytes(path: str | Path) -> IO[bytes]:
-    """Open a file for reading and unpack it if its first bytes are those of gzip or xz.
+def is_url(path: str | Path) -> bool:
+    """Whether the path is an address that fsspec opens: s3://, gs://, hf://, https://, ..."""
+    return "://" in str(path)
+
+
+def open_raw(path: str | Path) -> IO[bytes]:
+    """Open a file or an address for reading, packed as it is.
+
+    Raises:
+        UserError: missing, a folder, or not readable.
+    """
+    try:
+        if not is_url(path):
+            return open(path, "rb")
+        import fsspec
+
+        return cast(IO[bytes], fsspec.open(str(path), "rb").open())
+    except (OSError, ValueError, ImportError) as error:
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        raise UserError(f"cannot read {path}: {reason}") from None
+
+
+def open_bytes(path: str | Path, raw: IO[bytes] | None = None) -> IO[bytes]:
+    """Open a file or address; unpack it if its first bytes are those of a packer.
+
+    Args:
+        raw: the file, if it is open already.
 
     Raises:
         UserError: the file is missing, a folder, or not readable.
     """
+    raw = raw or open_raw(path)
+    magic = raw.read(len(XZ_MAGIC))
+    raw.seek(0)
+    if magic.startswith(GZIP_MAGIC):
+        return cast(IO[bytes], gzip.open(raw, "rb"))
+    if magic.startswith(XZ_MAGIC):
+        return cast(IO[bytes], lzma.open(raw, "rb"))
+    if magic.startswith(ZSTD_MAGIC):
+        import pyarrow
+
+        unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+        return cast(IO[bytes], io.BufferedReader(unpacked))
+    return raw
+
+
+def read_raw_lines(path: str | Path, raw: IO[bytes] | None = None) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, bytes of the line); a byte order mark is dropped.
+
+    Raises:
+        UserError: unreadable file or broken compression.
+    """
+    number = 0
+    with open_bytes(path, raw) as file:
+        try:
+            for number, line in enumerate(file, 1):
+                yield number, line.removeprefix(UTF8_BOM) if number == 1 else line
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            fault = "reading stopped" if is_url(path) else "the compressed file is cut or damaged"
+            raise UserError(f"{path}: {fault} after line {number}: {error}") from None
+
+
+def decode_line(line: bytes) -> str:
+    """The line's text without its end.
+
+    Raises:
+        UserError: invalid UTF-8.
+    """
     try:
-        with open(path, "rb") as file:
-            magic = file.read(len(XZ_MAGIC))
-        if magic.startswith(GZIP_MAGIC):
-            return cast(IO[bytes], gzip.open(path, "rb"))
-        if magic.startswith(XZ_MAGIC):
-            return cast(IO[bytes], lzma.open(path, "rb"))
-        return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        return line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"invalid UTF-8 at byte {error.start} of the line", "invalid UTF-8"
+        ) from None
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -41,22 +107,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     Raises:
         UserError: unreadable file, broken compression, invalid UTF-8 (with the line).
     """
-    number = 0
-    with open_bytes(path) as file:
+    for number, line in read_raw_lines(path):
         try:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(UTF8_BOM)
-                try:
-                    yield number, line.decode().rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}:{number}: invalid UTF-8 at byte {error.start} of the line"
-                    ) from None
-        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-            raise UserError(
-                f"{path}: the compressed file is cut or damaged after line {number}: {error}"
-            ) from None
+            yield number, decode_line(line)
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -68,9 +123,26 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise UserError("invalid JSON: nested too deeply") from None
+        raise UserError("invalid JSON: nested too deeply", "invalid JSON") from None
     except ValueError as error:
-        raise UserError(f"invalid JSON: {error}") from None
+        raise UserError(f"invalid JSON: {error}", "invalid JSON") from None
+
+
+def parse_object(line: bytes | str) -> dict[str, Any]:
+    """The JSON object of one line.
+
+    Raises:
+        UserError: invalid UTF-8 or JSON; a blank line or `{}` is an empty record.
+    """
+    text = line if isinstance(line, str) else decode_line(line)
+    if not text.strip():
+        raise UserError("empty record (a blank line); remove the line", "empty record")
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise UserError("a line must hold one JSON object", "invalid JSON")
+    if not value:
+        raise UserError("empty record", "empty record")
+    return value
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -79,16 +151,41 @@ def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: names file, line and fault; a blank line or `{}` is an empty record.
     """
-    for number, line in read_lines(path):
+    for number, line in read_raw_lines(path):
         where = f"{path}:{number}"
-        if not line.strip():
-            raise UserError(f"{where}: empty record (a blank line); remove the line")
         try:
-            value = parse_json(line)
+            value = parse_object(line)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: a line must hold one JSON object")
-        if not value:
-            raise UserError(f"{where}: empty record")
         yield where, value
+
+
+def read_array(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file that is one JSON array of them, one in memory at a time.
+
+    Raises:
+        UserError: invalid JSON or UTF-8, or an item that is no object or has more than 64 MiB.
+    """
+    text, decode = codecs.getreader("utf-8")(file), json.JSONDecoder().raw_decode
+    buffer, at, size = "", 0, READ_CHARS
+    try:
+        while True:
+            at = _SEPARATORS.match(buffer, at).end()  # type: ignore[union-attr]
+            if buffer[at : at + 1] == "]":
+                return
+            try:
+                item, at = decode(buffer, at)
+            except json.JSONDecodeError as error:
+                more = text.read(size) if len(buffer) - at < MAX_ITEM_CHARS else ""
+                if not more:
+                    raise UserError(f"invalid JSON: {error.msg}") from None
+                buffer, at, size = buffer[at:] + more, 0, 2 * size
+                continue
+            if not isinstance(item, dict):
+                raise UserError("an item must be a JSON object")
+            size = READ_CHARS
+            yield item
+    except RecursionError:
+        raise UserError("invalid JSON: nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"invalid UTF-8: {error.reason}") from None

@@ -1,19 +1,24 @@
 """manifest.json: what a folder of shards holds. Written last, so a folder that has one is whole.
 
-    {"format": "drama-shards", "schema_version": 1, "name": "train",
-     "shards": [{"file", "bytes", "sha256", "idx_sha256", "records"}, ...],
-     "sources": {name: records}, "languages": {code: records},
-     "query_chars": {bound: texts}, "document_chars": {bound: texts}}
+    {"format": "drama-shards", "schema_version": 2, "name": "train",
+     "shards": [{"file", "bytes", "sha256", "idx_sha256", "records", "source", "lang"}, ...],
+     "weights": {source: share in a mixture},
+     "tokens": null | {"tokenizer_sha256", "query_prefix", "document_prefix", "max_tokens"},
+     "query_chars": {bound: texts}, "document_chars": {bound: texts},
+     "left_out": {reason: rows of the sources},
+     "duplicate_queries": null | {"exact": records, "near": records}}
 
-A text of n characters is counted under the smallest power of two that is at least n. The index of
-`NAME-000000.tar` is `NAME-000000.idx`: records + 1 little-endian uint64 byte offsets, of each
-member's header and of the end of the last member.
+A shard holds records of one source and one language. A text of n characters is counted under the
+smallest power of two that is at least n. The index of `NAME-000000.tar` is `NAME-000000.idx`, for M
+members: M + 1 little-endian uint64 byte offsets, of each member's header and of the end of the last
+one, then M uint32 CRC-32 of the members' bytes.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from drama.data.lines import parse_json
 from drama.errors import UserError
 
 FORMAT = "drama-shards"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 MEND = "write the shards again with `drama shard`"
@@ -29,7 +34,7 @@ MEND = "write the shards again with `drama shard`"
 
 def damaged(where: str | Path, fault: str) -> UserError:
     """The error for shards whose bytes are not what was written."""
-    return UserError(f"{where}: {fault}; {MEND}")
+    return UserError(f"{where}: {fault}; {MEND}", "damaged shard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,8 @@ class Shard:
     sha256: str
     idx_sha256: str
     records: int
+    source: str = ""
+    lang: str = ""
 
     @property
     def idx_file(self) -> str:
@@ -49,24 +56,64 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenSettings:
+    """How the token ids of a folder were made."""
+
+    tokenizer_sha256: str
+    query_prefix: str
+    document_prefix: str
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What a folder of shards holds. Histograms map the upper bound in characters to texts."""
 
     name: str
     shards: tuple[Shard, ...]
-    sources: dict[str, int]
-    languages: dict[str, int]
     query_chars: dict[int, int]
     document_chars: dict[int, int]
+    weights: dict[str, float] = field(default_factory=dict)
+    tokens: TokenSettings | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+    duplicate_queries: dict[str, int] | None = None
 
     @property
     def num_records(self) -> int:
         """Records in all shards."""
         return sum(shard.records for shard in self.shards)
 
+    @property
+    def members(self) -> int:
+        """Tar members of a record: its JSON, and its token ids where the folder has them."""
+        return 2 if self.tokens else 1
+
+    def counts(self, key: str) -> dict[str, int]:
+        """Records by `source` or by `lang`, by name."""
+        counts: Counter[str] = Counter()
+        for shard in self.shards:
+            counts[getattr(shard, key)] += shard.records
+        return dict(sorted(counts.items()))
+
+    def idx_bytes(self, shard: Shard) -> int:
+        """The size of a shard's index."""
+        return 12 * shard.records * self.members + 8
+
     def to_json(self) -> dict[str, Any]:
         """The JSON object of manifest.json."""
         return {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: bytes, where: str | Path) -> Manifest:
+        """Parse and check the contents of a manifest.json.
+
+        Raises:
+            UserError: unknown version, or a key that is missing or of the wrong type.
+        """
+        try:
+            return _parse(parse_json(content))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -84,14 +131,10 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{folder} has no {MANIFEST}: it is no folder of shards, or its writing did not end; "
             f"{MEND}"
         )
-    try:
-        value = parse_json(path.read_bytes())
-        manifest = _parse(value)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    manifest = Manifest.from_json(path.read_bytes(), path)
     for shard in manifest.shards:
         _check_size(folder / shard.file, shard.bytes)
-        _check_size(folder / shard.idx_file, 8 * (shard.records + 1))
+        _check_size(folder / shard.idx_file, manifest.idx_bytes(shard))
     return manifest
 
 
@@ -115,14 +158,33 @@ def _parse(value: Any) -> Manifest:
     shards = tuple(_shard(item, i) for i, item in enumerate(_get(value, "shards", list)))
     if not shards:
         raise UserError("names no shards")
+    weights = _get(value, "weights", dict)
+    for source, weight in weights.items():
+        if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise UserError(f"weights: '{source}' must map to a positive number")
+    duplicates = value.get("duplicate_queries")
     return Manifest(
         name=_get(value, "name", str),
         shards=shards,
-        sources=_counts(value, "sources"),
-        languages=_counts(value, "languages"),
-        query_chars={int(k): n for k, n in _counts(value, "query_chars", r"\d+").items()},
-        document_chars={int(k): n for k, n in _counts(value, "document_chars", r"\d+").items()},
+        query_chars={int(k): n for k, n in _counts(value, "query_chars", r"\d{1,18}").items()},
+        document_chars={
+            int(k): n for k, n in _counts(value, "document_chars", r"\d{1,18}").items()
+        },
+        weights=weights,
+        tokens=_tokens(value.get("tokens")),
+        left_out=_counts(value, "left_out"),
+        duplicate_queries=None if duplicates is None else _counts(value, "duplicate_queries"),
     )
+
+
+def _tokens(value: Any) -> TokenSettings | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise UserError("tokens must be an object or null")
+    keys = ("tokenizer_sha256", "query_prefix", "document_prefix")
+    texts = {key: _get(value, key, str, "tokens.") for key in keys}
+    return TokenSettings(**texts, max_tokens=_get(value, "max_tokens", int, "tokens."))
 
 
 def _shard(value: Any, number: int) -> Shard:
@@ -141,6 +203,8 @@ def _shard(value: Any, number: int) -> Shard:
         sha256=_get(value, "sha256", str, where),
         idx_sha256=_get(value, "idx_sha256", str, where),
         records=records,
+        source=_get(value, "source", str, where),
+        lang=_get(value, "lang", str, where),
     )
 
 

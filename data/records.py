@@ -3,7 +3,7 @@
 JSON form (unknown keys are errors, so that a misspelt `negative` cannot vanish):
 
     {"query": str, "positives": [doc, ...], "negatives": [doc, ...],
-     "query_id"?: str, "source"?: str, "lang"?: str, "scores"?: {doc_id: float}}
+     "query_id"?: str, "prompt"?: str, "source"?: str, "lang"?: str, "scores"?: {doc_id: float}}
     doc = {"id"?: str, "title"?: str, "text": str}
 """
 
@@ -18,8 +18,9 @@ from typing import Any
 
 from drama.errors import UserError, nearest
 
-RECORD_KEYS = ("query", "positives", "negatives", "query_id", "source", "lang", "scores")
+RECORD_KEYS = ("query", "positives", "negatives", "query_id", "prompt", "source", "lang", "scores")
 DOCUMENT_KEYS = ("id", "title", "text")
+MAX_CHARS = 2**24  # of one text; more is a file that was taken for a text
 
 
 def content_id(title: str, text: str) -> str:
@@ -72,7 +73,7 @@ class Document:
             raise UserError(f"{where} has no 'text'")
         text, title, id_ = (_text(value, key, f"{where}.") for key in ("text", "title", "id"))
         if not text.strip() and not title.strip():
-            raise UserError(f"{where}.text is empty")
+            raise UserError(f"{where}.text is empty", "empty text")
         return cls(text=text, title=title, id=id_)
 
     def to_json(self) -> dict[str, str]:
@@ -83,15 +84,27 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One training sample. `scores` maps document ids to a teacher's relevance scores."""
+    """One training sample.
+
+    `prompt` stands before the query in place of the model's query prefix. `scores` maps document
+    ids to a teacher's relevance scores.
+    """
 
     query: str
     positives: tuple[Document, ...]
     negatives: tuple[Document, ...] = ()
     query_id: str = ""
+    prompt: str = ""
     source: str = ""
     lang: str = ""
     scores: dict[str, float] | None = None
+
+    @classmethod
+    def trusted(cls, value: dict[str, Any]) -> Record:
+        """Build one from what `to_json` gave, unchecked: its bytes are known to be unchanged."""
+        value["positives"] = tuple([Document(**item) for item in value["positives"]])
+        value["negatives"] = tuple([Document(**item) for item in value["negatives"]])
+        return cls(**value)
 
     @classmethod
     def from_json(cls, value: Any) -> Record:
@@ -103,19 +116,25 @@ class Record:
         _check_keys(value, RECORD_KEYS, "record")
         for key in ("query", "positives"):
             if key not in value:
-                raise UserError(f"record has no '{key}'{nearest(key, value)}")
+                raise UserError(
+                    f"record has no '{key}'{nearest(key, value)}",
+                    "no positives" if key == "positives" else "",
+                )
         query = _text(value, "query")
         if not query.strip():
-            raise UserError("query is empty")
+            raise UserError("query is empty", "empty text")
         positives = _documents(value, "positives")
         if not positives:
-            raise UserError("positives is empty: a record needs at least one positive")
+            raise UserError(
+                "positives is empty: a record needs at least one positive", "no positives"
+            )
         negatives = _documents(value, "negatives")
         return cls(
             query=query,
             positives=positives,
             negatives=negatives,
             query_id=_text(value, "query_id"),
+            prompt=_text(value, "prompt"),
             source=_text(value, "source"),
             lang=_text(value, "lang"),
             scores=_scores(value["scores"], (*positives, *negatives))
@@ -130,7 +149,7 @@ class Record:
             "positives": [document.to_json() for document in self.positives],
             "negatives": [document.to_json() for document in self.negatives],
         }
-        for key in ("query_id", "source", "lang"):
+        for key in ("query_id", "prompt", "source", "lang"):
             if text := getattr(self, key):
                 value[key] = text
         if self.scores is not None:
@@ -152,13 +171,19 @@ def _text(value: dict[str, Any], key: str, prefix: str = "") -> str:
     text = value.get(key, "")
     if not isinstance(text, str):
         raise UserError(f"{prefix}{key} must be a string, not {_type_name(text)}")
+    if len(text) > MAX_CHARS:
+        raise UserError(
+            f"{prefix}{key} has {len(text):,} characters; {MAX_CHARS:,} is the most, cut it",
+            "text too long",
+        )
     if not text.isascii():
         # JSON can spell half a surrogate pair ("\ud800"), which no UTF-8 file can hold.
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{prefix}{key} holds an unpaired surrogate at character {error.start}"
+                f"{prefix}{key} holds an unpaired surrogate at character {error.start}",
+                "invalid UTF-8",
             ) from None
     return text
 

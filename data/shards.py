@@ -1,184 +1,172 @@
-"""Write records as WebDataset shards, and check shards that were written.
-
-One member `KEY.json` a record, KEY its running number. The bytes depend on the records only.
-"""
+"""Whole folders of shards: check, join, and turn back into JSON lines."""
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import hashlib
 import json
-import os
-import re
+import lzma
+import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
+from zlib import crc32
 
 import numpy as np
-import webdataset
 
 from drama.console import progress
-from drama.data.manifest import (
-    MANIFEST,
-    NAME_PATTERN,
-    Manifest,
-    Shard,
-    damaged,
-    is_ours,
-    read_manifest,
-)
+from drama.data.lines import parse_json
+from drama.data.manifest import Manifest, Shard, damaged, read_manifest
+from drama.data.members import check_member
 from drama.data.records import Record
-from drama.data.stream import ShardSet, member_bytes
+from drama.data.stream import ShardSet
+from drama.data.tokens import TokenRecord
+from drama.data.writer import check_name, check_target, write_manifest
 from drama.errors import UserError
 from drama.files import replacing, replacing_folder
 
-PROGRESS_EVERY = 500
-
-
-def write_shards(
-    records: Iterable[Record],
-    out: str | Path,
-    *,
-    name: str = "train",
-    shard_bytes: int = 256 * 2**20,
-) -> Manifest:
-    """Write `out/NAME-000000.tar`, ... with their indices, then `out/manifest.json`.
-
-    A shard is closed before the record that would take it over `shard_bytes`. The folder appears
-    whole or not at all; an older folder of shards at `out` is replaced.
-
-    Raises:
-        UserError: no records, bad name or size, or `out` holds something that is not shards.
-    """
-    out = Path(out).resolve()
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise UserError(f"shard name '{name}': use letters, digits, '.', '_' and '-' only")
-    if shard_bytes < 1:
-        raise UserError(f"shard_bytes is {shard_bytes}; it must be at least 1")
-    if out.exists() and not (out.is_dir() and (is_ours(out) or not any(out.iterdir()))):
-        raise UserError(f"{out} exists and is no folder of shards; choose another or remove it")
-    with replacing_folder(out) as folder:
-        manifest = _write(records, folder, name, shard_bytes)
-        with replacing(folder / MANIFEST) as path:
-            path.write_text(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n")
-    return manifest
-
 
 def verify(folder: str | Path) -> Manifest:
-    """Read every record and compare every SHA-256 with the manifest.
+    """Read every record as a stranger's and compare every checksum with the manifest.
 
     Raises:
         UserError: names the shard, and where one record is at fault its number and byte offset.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    records = ShardSet([folder])
-    index = 0
+    done = 0
     with progress() as bar:
-        task = bar.add_task("verify", total=len(records), note="")
+        task = bar.add_task("verify", total=manifest.num_records, note="")
         for shard in manifest.shards:
-            for _ in range(shard.records):
-                records.read(index)
-                index += 1
-            for file, expected in ((shard.file, shard.sha256), (shard.idx_file, shard.idx_sha256)):
-                with (folder / file).open("rb") as handle:
-                    if hashlib.file_digest(handle, "sha256").hexdigest() != expected:
-                        raise damaged(folder / file, "its SHA-256 differs from the manifest's")
-            bar.update(task, completed=index, note=shard.file)
+            path = folder / shard.file
+            index = path.with_suffix(".idx").read_bytes()
+            if hashlib.sha256(index).hexdigest() != shard.idx_sha256:
+                raise damaged(path.with_suffix(".idx"), "its SHA-256 differs from the manifest's")
+            count = shard.records * manifest.members
+            offsets = np.frombuffer(index, "<u8", count + 1).tolist()
+            checksums = np.frombuffer(index, "<u4", count, 8 * (count + 1)).tolist()
+            with path.open("rb") as file:
+                for row in range(shard.records):
+                    places = range(row * manifest.members, (row + 1) * manifest.members)
+                    try:
+                        _check(file, [(offsets[i], offsets[i + 1], checksums[i]) for i in places])
+                    except UserError as error:
+                        where = f"{path}: record {row} at byte {offsets[places[0]]}"
+                        raise damaged(where, str(error)) from None
+                file.seek(0)
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                    raise damaged(path, "its SHA-256 differs from the manifest's")
+            done += shard.records
+            bar.update(task, completed=done, note=shard.file)
     return manifest
 
 
-class _HashingFile:
-    """A file for writing that knows the SHA-256 of what went into it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
-
-    def close(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+def _check(file: IO[bytes], places: Sequence[tuple[int, int, int]]) -> None:
+    record: Record | None = None
+    for (start, end, checksum), suffix in zip(places, (".json", ".tok"), strict=False):
+        file.seek(start)
+        member = file.read(end - start)
+        check_member(member, suffix)
+        size = int(member[124:135], 8)
+        if record is None:
+            record = Record.from_json(parse_json(member[512 : 512 + size]))
+        else:
+            _check_tokens(record, member[512 : 512 + size])
+        if crc32(member) != checksum:
+            raise UserError("its checksum differs, these are not the bytes that were written")
 
 
-class _ShardWriter:
-    """One tar and its index."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.hashing = _HashingFile(path.open("wb"))
-        self.tar = webdataset.TarWriter(
-            self.hashing, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False
-        )
-        self.offsets = [0]
-
-    def write(self, number: int, payload: bytes) -> None:
-        self.tar.write({"__key__": f"{number:010d}", "json": payload})
-        self.offsets.append(self.offsets[-1] + member_bytes(len(payload)))
-
-    def close(self) -> Shard:
-        self.tar.close()
-        self.hashing.close()
-        idx = _HashingFile(self.path.with_suffix(".idx").open("wb"))
-        idx.write(np.array(self.offsets, dtype="<u8").tobytes())
-        idx.close()
-        return Shard(
-            file=self.path.name,
-            bytes=self.path.stat().st_size,
-            sha256=self.hashing.sha256.hexdigest(),
-            idx_sha256=idx.sha256.hexdigest(),
-            records=len(self.offsets) - 1,
-        )
+def _check_tokens(record: Record, payload: bytes) -> None:
+    try:
+        tokens = TokenRecord.from_bytes(payload)
+        rows = [row.tolist() for row in tokens.rows()]
+        whole = TokenRecord.of(record, rows).to_bytes() == payload
+    except (ValueError, OverflowError, MemoryError):
+        whole = False
+    if not whole:
+        raise UserError("its token ids do not belong to its texts")
 
 
-def _write(records: Iterable[Record], folder: Path, name: str, shard_bytes: int) -> Manifest:
+def merge(folders: Sequence[str | Path], out: str | Path, name: str = "train") -> Manifest:
+    """Copy the shards of several folders into one, and join their manifests.
+
+    Raises:
+        UserError: folders that are damaged or tokenised in different ways, or `out` is taken.
+    """
+    out = Path(out).resolve()
+    check_target(out)
+    check_name(name)
+    manifests = [read_manifest(folder) for folder in folders]
+    if out in {Path(folder).resolve() for folder in folders}:
+        raise UserError(f"{out} is one of the folders to be merged; give another --out")
+    if len({manifest.tokens for manifest in manifests}) > 1:
+        raise UserError("the folders were tokenised in different ways; shard their sources again")
+    weights: dict[str, float] = {}
+    for manifest in manifests:
+        for source, weight in manifest.weights.items():
+            if weights.setdefault(source, weight) != weight:
+                raise UserError(
+                    f"source '{source}' has weight {weights[source]:g} and {weight:g}; shard it "
+                    "without weights and set them in the recipe"
+                )
     shards: list[Shard] = []
-    sources: Counter[str] = Counter()
-    languages: Counter[str] = Counter()
-    query_chars: Counter[int] = Counter()
-    document_chars: Counter[int] = Counter()
-    writer: _ShardWriter | None = None
-    number = -1
-    with progress() as bar:
-        task = bar.add_task(f"shard {name}", total=None, note="")
-        try:
-            for number, record in enumerate(records):
-                value = record.to_json()
-                payload = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-                if writer and writer.offsets[-1] + member_bytes(len(payload)) > shard_bytes:
-                    shards.append(writer.close())
-                    writer = None
-                writer = writer or _ShardWriter(folder / f"{name}-{len(shards):06d}.tar")
-                writer.write(number, payload)
-                sources[record.source] += 1
-                languages[record.lang] += 1
-                query_chars[_bucket(record.query)] += 1
-                for document in (*record.positives, *record.negatives):
-                    document_chars[_bucket(document.title + document.text)] += 1
-                if number % PROGRESS_EVERY == 0:
-                    bar.update(task, completed=number + 1, note=record.source)
-            if writer is None:
-                raise UserError("no records to write")
-            shards.append(writer.close())
-        finally:
-            if writer is not None:
-                writer.tar.close()
-                writer.hashing.file.close()
-        bar.update(task, completed=number + 1, total=number + 1, note=f"{len(shards)} shards")
-    return Manifest(
-        name=name,
-        shards=tuple(shards),
-        sources=dict(sorted(sources.items())),
-        languages=dict(sorted(languages.items())),
-        query_chars=dict(sorted(query_chars.items())),
-        document_chars=dict(sorted(document_chars.items())),
-    )
+    with replacing_folder(out) as target, progress() as bar:
+        task = bar.add_task("merge", total=sum(len(m.shards) for m in manifests), note="")
+        for folder, manifest in zip(folders, manifests, strict=True):
+            for shard in manifest.shards:
+                copy = dataclasses.replace(shard, file=f"{name}-{len(shards):06d}.tar")
+                shutil.copyfile(Path(folder) / shard.file, target / copy.file)
+                shutil.copyfile(Path(folder) / shard.idx_file, target / copy.idx_file)
+                shards.append(copy)
+                bar.update(task, advance=1, note=copy.file)
+        merged = Manifest(
+            name=name,
+            shards=tuple(shards),
+            query_chars=_sum([manifest.query_chars for manifest in manifests]),
+            document_chars=_sum([manifest.document_chars for manifest in manifests]),
+            weights=weights,
+            tokens=manifests[0].tokens,
+            left_out=_sum([manifest.left_out for manifest in manifests]),
+        )
+        write_manifest(target, merged)
+    return merged
 
 
-def _bucket(text: str) -> int:
-    """The smallest power of two that is at least the number of characters."""
-    return 1 << max(len(text) - 1, 0).bit_length()
+def _sum(counts: Sequence[dict[Any, int]]) -> dict[Any, int]:
+    total: Counter[Any] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))
+
+
+def to_jsonl(folders: Sequence[str | Path], out: str | Path) -> int:
+    """Write the records as JSON lines, packed as the name says (.gz, .xz, .zst); return how many.
+
+    Raises:
+        UserError: damaged shards.
+    """
+    records, out = ShardSet(folders), Path(out)
+    with replacing(out) as temporary, progress() as bar:
+        task = bar.add_task("convert", total=len(records), note=out.name)
+        with _packed(temporary, out.suffix) as file:
+            for index in range(len(records)):
+                value = records.read(index).to_json()
+                file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+                if index % 500 == 0:
+                    bar.update(task, completed=index)
+        bar.update(task, completed=len(records))
+    return len(records)
+
+
+def _packed(path: Path, suffix: str) -> IO[bytes]:
+    if suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path, "wb"))
+    if suffix == ".xz":
+        return cast(IO[bytes], lzma.open(path, "wb"))
+    if suffix == ".zst":
+        import pyarrow
+
+        return cast(IO[bytes], pyarrow.CompressedOutputStream(str(path), "zstd"))
+    return path.open("wb")

@@ -1,34 +1,147 @@
-"""Training data of other tools, read as records.
+"""Training data where it lies: files, folders, addresses, and Hugging Face datasets.
 
-Recognised by content, from the keys of the first line (or the columns):
+    [NAME[:WEIGHT]=]PATH
 
-    our records             query, positives, negatives
-    Tevatron                query_id, query, positive_passages, negative_passages
-    FlagEmbedding           query, pos, neg (pos_scores, neg_scores)
-    sentence-transformers   anchor, positive, negative, negative_1, ...
-    BEIR folder             corpus.jsonl, queries.jsonl, qrels/train.tsv (or the only split)
-    Hugging Face folder     a dataset written by `save_to_disk`, with any of these columns
+PATH is a file of JSON lines, a JSON array or a parquet file (local or s3://, gs://, hf://,
+https://; plain, gzip, xz or zstd), a BEIR folder (corpus.jsonl, queries.jsonl, qrels/train.tsv or
+the only split), a folder of a Hugging Face dataset, or a dataset's name on the Hub. What it is
+is told from its content; the layouts of a row are those of `drama.data.layouts`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import lzma
 import re
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from drama.data.beir import is_beir, qrels_splits, read_corpus, read_qrels, read_queries
-from drama.data.lines import read_objects
-from drama.data.records import Document, Record
+from drama.data.layouts import Row, convert, layout_of, without_nulls
+from drama.data.lines import (
+    is_url,
+    open_bytes,
+    open_raw,
+    parse_object,
+    read_array,
+    read_raw_lines,
+)
+from drama.data.records import Record
 from drama.errors import UserError
 
-FILE_SUFFIX = r"(\.jsonl?)?(\.gz|\.xz)?$"
-Convert = Callable[[dict[str, Any]], dict[str, Any]]
+FILE_SUFFIX = r"(\.jsonl?|\.parquet)?(\.gz|\.xz|\.zst)?$"
+SPEC = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(:(?P<weight>[0-9.eE+-]+))?=(?P<path>.+)")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+PARQUET_MAGIC = b"PAR1"
+PARQUET_ROWS = 256
+
+Raw = bytes | Row  # a line as it stands in its file, or a parsed row
+
+
+@dataclass(frozen=True)
+class Source:
+    """One named source. `weight` is its share in a mixture, None for its share of the records."""
+
+    path: str
+    name: str
+    weight: float | None = None
+    named: bool = False  # the user gave the name: it stands before the records' own
+
+    @classmethod
+    def parse(cls, spec: str | Path) -> Source:
+        """Read `[NAME[:WEIGHT]=]PATH`.
+
+        Raises:
+            UserError: no such path, or a weight that is no positive number.
+        """
+        text = str(spec)
+        match = None if Path(text).exists() or is_url(text.split("=")[0]) else SPEC.fullmatch(text)
+        path = match["path"] if match else text
+        if not (Path(path).exists() or is_url(path) or HUB_NAME.fullmatch(path)):
+            raise UserError(f"{path} does not exist")
+        weight = None
+        if match and match["weight"]:
+            try:
+                weight = float(match["weight"])
+            except ValueError:
+                weight = -1.0
+            if not 0 < weight < float("inf"):
+                raise UserError(f"{text}: the weight must be a positive number")
+        stem = Path(path).resolve().name if Path(path).is_dir() else path.rstrip("/").split("/")[-1]
+        name = match["name"] if match else re.sub(FILE_SUFFIX, "", stem)
+        return cls(path, name, weight, named=match is not None)
+
+
+class Rows:
+    """The rows of a source, unparsed where that is left to workers.
+
+    `layout` is known once the first row was read. Iterating yields ("FILE:LINE", row).
+
+    Raises:
+        UserError: no rows, an unknown layout, or a file that breaks off.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.layout = ""
+        self._raw: IO[bytes] | None = None
+        self._bytes = 0
+
+    @property
+    def share_read(self) -> float | None:
+        """How much of a local file was read, 0 to 1."""
+        return self._raw.tell() / self._bytes if self._raw and self._bytes else None
+
+    def __iter__(self) -> Iterator[tuple[str, Raw]]:
+        for where, row in self._rows():
+            if not self.layout:
+                try:
+                    self.layout = layout_of(row if isinstance(row, dict) else parse_object(row))
+                except UserError as error:
+                    raise UserError(f"{where}: {error}") from None
+            yield where, row
+        if not self.layout:
+            raise UserError(f"{self.source.path} holds no records")
+
+    def _rows(self) -> Iterator[tuple[str, Raw]]:
+        path = Path(self.source.path)
+        if path.is_dir():
+            return _beir_rows(path) if is_beir(path) else _dataset_rows(path)
+        if not path.exists() and not is_url(self.source.path):
+            return _streamed(self.source.path)
+        return self._file_rows()
+
+    def _file_rows(self) -> Iterator[tuple[str, Raw]]:
+        path = self.source.path
+        self._raw = open_raw(path)
+        self._bytes = 0 if is_url(path) else Path(path).stat().st_size
+        start = self._raw.read(len(PARQUET_MAGIC))
+        self._raw.seek(0)
+        if start == PARQUET_MAGIC:
+            return _parquet_rows(path, self._raw)
+        first = open_bytes(path).read(4096) if start else b""
+        if first.lstrip()[:1] == b"[":
+            return _array_rows(path, open_bytes(path, self._raw))
+        return ((f"{path}:{n}", line) for n, line in read_raw_lines(path, self._raw))
+
+
+def to_record(layout: str, row: Raw, source: Source) -> Record:
+    """The checked record of a row.
+
+    Raises:
+        UserError: what is wrong with the row; the caller knows where it stands.
+    """
+    value = row if isinstance(row, dict) else parse_object(row)
+    record = Record.from_json(convert(layout, value))
+    name = source.name if source.named else record.source or source.name
+    return record if record.source == name else dataclasses.replace(record, source=name)
 
 
 def read_source(path: str | Path, name: str | None = None) -> Iterator[Record]:
-    """Yield the records of a file or folder, with `source` set to `name`.
+    """Yield the records of one source, with `source` set to `name`.
 
     `name` defaults to the file's stem or the folder's name; a record of our own form that
     already names its source keeps it unless `name` is given.
@@ -36,117 +149,51 @@ def read_source(path: str | Path, name: str | None = None) -> Iterator[Record]:
     Raises:
         UserError: names file, line and fault.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    default = path.resolve().name if path.is_dir() else re.sub(FILE_SUFFIX, "", path.name)
-    if is_beir(path):
-        records = _beir_records(path)
-    elif path.is_dir():
-        records = _converted(_dataset_rows(path), path)
-    else:
-        records = _converted(read_objects(path), path)
-    empty = True
-    for record in records:
-        empty = False
-        yield dataclasses.replace(record, source=name or record.source or default)
-    if empty:
-        raise UserError(f"{path} holds no records")
-
-
-def _converted(rows: Iterator[tuple[str, dict[str, Any]]], path: Path) -> Iterator[Record]:
-    convert: Convert | None = None
+    source = Source.parse(path)
+    if name:
+        source = dataclasses.replace(source, name=name, named=True)
+    rows = Rows(source)
     for where, row in rows:
         try:
-            convert = convert or _layout(row)
-            yield Record.from_json(convert(row))
+            record = to_record(rows.layout, row, source)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        yield record
 
 
-def _layout(row: dict[str, Any]) -> Convert:
-    for keys, convert in LAYOUTS:
-        if all(key in row for key in keys):
-            return convert
-    known = "; ".join(", ".join(keys) for keys, _ in LAYOUTS)
-    raise UserError(f"unknown layout with the keys {', '.join(row)}; known layouts have: {known}")
+def _array_rows(path: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
+    number = -1
+    try:
+        for number, item in enumerate(read_array(file)):
+            yield f"{path}: item {number}", without_nulls(item)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path}: cut or damaged after item {number}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: after item {number}: {error}") from None
 
 
-def _own(row: dict[str, Any]) -> dict[str, Any]:
-    return row
+def _parquet_rows(path: str, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        for batch in ParquetFile(file).iter_batches(PARQUET_ROWS):
+            for row in batch.to_pylist():
+                yield f"{path}: row {number}", without_nulls(row)
+                number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged parquet after row {number}: {error}") from None
 
 
-def _tevatron(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "query": _required(row, "query"),
-        "query_id": str(row.get("query_id", "")),
-        "positives": [_passage(doc) for doc in _list(row, "positive_passages")],
-        "negatives": [_passage(doc) for doc in _list(row, "negative_passages")],
-    }
-
-
-def _passage(passage: Any) -> Any:
-    if not isinstance(passage, dict):
-        return passage
-    passage = _without_nulls(passage)
-    document = {key: passage[key] for key in ("title", "text") if key in passage}
-    if "docid" in passage:
-        document["id"] = str(passage["docid"])
-    return document
-
-
-def _flag_embedding(row: dict[str, Any]) -> dict[str, Any]:
-    record: dict[str, Any] = {"query": _required(row, "query")}
-    scores: dict[str, Any] = {}
-    for key, texts_key in (("positives", "pos"), ("negatives", "neg")):
-        texts = _list(row, texts_key)
-        record[key] = [{"text": text} for text in texts]
-        scores_key = f"{texts_key}_scores"
-        if scores_key in row:
-            values = _list(row, scores_key)
-            if len(values) != len(texts):
-                raise UserError(f"{len(texts)} texts in {texts_key}, {len(values)} {scores_key}")
-            for i, (text, score) in enumerate(zip(texts, values, strict=True)):
-                scores[Document.from_json({"text": text}, f"{texts_key}[{i}]").id] = score
-    return record | ({"scores": scores} if scores else {})
-
-
-def _columns(row: dict[str, Any]) -> dict[str, Any]:
-    names = [key for key in row if re.fullmatch(r"negative(_\d+)?", key)]
-    names.sort(key=lambda key: (len(key), key))  # negative, negative_1, ..., negative_10
-    return {
-        "query": _required(row, "anchor"),
-        "positives": [{"text": _required(row, "positive")}],
-        "negatives": [{"text": row[key]} for key in names],
-    }
-
-
-LAYOUTS: tuple[tuple[tuple[str, ...], Convert], ...] = (
-    (("query", "positives"), _own),
-    (("query", "positive_passages"), _tevatron),
-    (("query", "pos"), _flag_embedding),
-    (("anchor", "positive"), _columns),
-)
-
-
-def _required(row: dict[str, Any], key: str) -> Any:
-    if key not in row:
-        raise UserError(f"no '{key}'")
-    return row[key]
-
-
-def _list(row: dict[str, Any], key: str) -> list[Any]:
-    value = row.get(key, [])
-    if not isinstance(value, list):
-        raise UserError(f"{key} must be a list")
-    return value
-
-
-def _dataset_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _dataset_rows(path: Path) -> Iterator[tuple[str, Row]]:
     if not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        if any(path.rglob("*.parquet")) or any(path.rglob("*.jsonl*")):
+            yield from _streamed(str(path))
+            return
         raise UserError(
-            f"{path} is neither a BEIR folder (corpus.jsonl, queries.jsonl, qrels/) nor a dataset "
-            "written by save_to_disk; give a .jsonl file or one of these"
+            f"{path} is neither a BEIR folder (corpus.jsonl, queries.jsonl, qrels/) nor a "
+            "Hugging Face dataset (save_to_disk, or parquet and jsonl files)"
         )
     from datasets import Dataset, DatasetDict, load_from_disk  # slow to import
 
@@ -157,19 +204,30 @@ def _dataset_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(loaded, DatasetDict):
         loaded = loaded[_one_split(path, list(loaded))]
     for number, row in enumerate(loaded):
-        yield f"{path}: row {number}", _without_nulls(row)
+        yield f"{path}: row {number}", without_nulls(row)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Arrow tables spell an absent field as null."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+def _streamed(name: str) -> Iterator[tuple[str, Row]]:
+    """A dataset on the Hub, or a local folder laid out like one, without a copy of it."""
+    from datasets import load_dataset
+
+    number, name = 0, name.removeprefix("hf://datasets/")
+    try:
+        splits: Any = load_dataset(name, streaming=True)
+        for row in splits[_one_split(name, list(splits))]:
+            yield f"{name}: row {number}", without_nulls(row)
+            number += 1
+    except UserError:
+        raise
+    except Exception as error:  # network, hub, pyarrow and json errors of many kinds
+        fault = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{name}: the dataset does not load (row {number}); it is neither a path here nor one "
+            f"that the Hub gives: {fault}"
+        ) from None
 
 
-def _one_split(path: Path, splits: list[str]) -> str:
+def _one_split(path: str | Path, splits: list[str]) -> str:
     if "train" in splits:
         return "train"
     if len(splits) == 1:
@@ -177,7 +235,7 @@ def _one_split(path: Path, splits: list[str]) -> str:
     raise UserError(f"{path} has no split 'train'; it has: {', '.join(splits) or 'none'}")
 
 
-def _beir_records(folder: Path) -> Iterator[Record]:
+def _beir_rows(folder: Path) -> Iterator[tuple[str, Row]]:
     """Grades above 0 are positives, grades of 0 or less negatives; queries with no positive are
     left out. Only judged documents are held in memory."""
     split = _one_split(folder, qrels_splits(folder))
@@ -197,7 +255,4 @@ def _beir_records(folder: Path) -> Iterator[Record]:
         negatives = [documents[id_] for id_, grade in grades.items() if grade <= 0]
         if positives:
             record = Record(queries[query_id], tuple(positives), tuple(negatives), query_id)
-            try:  # an empty judged document is a fault in a training record
-                yield Record.from_json(record.to_json())
-            except UserError as error:
-                raise UserError(f"{folder}: query '{query_id}': {error}") from None
+            yield f"{folder}: query '{query_id}'", record.to_json()

@@ -10,12 +10,14 @@ from typing import Any
 
 import click
 
+from drama import cli_data
 from drama.console import console, quiet_libraries
 from drama.errors import UserError, exit_on_user_error
 
 SECTIONS = {
     "See it work": ["demo"],
-    "From LLM and text to a retriever": ["prune", "shard", "verify", "plan", "teach", "average"],
+    "From LLM and text to a retriever": ["prune", "shard", "plan", "teach", "average"],
+    "Look after data": ["shards", "verify", "merge", "convert"],
     "Use it": ["export", "encode", "index", "search"],
     "Judge it": ["evaluate", "report"],
 }
@@ -47,6 +49,10 @@ class Pipeline(click.Group):
 @click.version_option(package_name="drama-retriever", prog_name="drama")
 def main() -> None:
     """Train small dense retrievers (0.1B-1B) from large language models."""
+
+
+for command in cli_data.COMMANDS:
+    main.add_command(command)
 
 
 @main.command()
@@ -92,43 +98,6 @@ def prune(model: Path, target: str, out: Path, **options: Any) -> None:
     from drama.prune.run import prune as run
 
     run(model, target, options.pop("calibration"), out, **options)
-
-
-@main.command()
-@click.argument("sources", type=FOLDER, nargs=-1, required=True)
-@click.option("--out", type=FOLDER, required=True, help="Folder for the shards.")
-@click.option("--name", default="train", show_default=True, help="Shards are NAME-000000.tar ...")
-@click.option("--shard-size", default="256MB", show_default=True, metavar="SIZE")
-def shard(sources: Sequence[Path], out: Path, name: str, shard_size: str) -> None:
-    """Write training records as WebDataset shards.
-
-    SOURCES are files of records (our JSON lines, Tevatron, FlagEmbedding, sentence-transformers
-    columns; plain, .gz or .xz), BEIR folders, or saved Hugging Face datasets; the layout is
-    recognised by content.
-    """
-    from itertools import chain
-
-    from drama.data.shards import write_shards
-    from drama.data.sources import read_source
-
-    for source in sources:  # before hours of work on the sources in front of it
-        if not source.exists():
-            raise UserError(f"{source} does not exist")
-    records = chain.from_iterable(read_source(source) for source in sources)
-    manifest = write_shards(records, out, name=name, shard_bytes=_bytes(shard_size))
-    parts = ", ".join(f"{source} {count:,}" for source, count in manifest.sources.items())
-    console.print(
-        f"{out}: {manifest.num_records:,} records in {len(manifest.shards)} shards ({parts})"
-    )
-
-
-@main.command()
-@click.argument("shards", type=FOLDER)
-def verify(shards: Path) -> None:
-    """Read every record of a shard folder and compare every checksum."""
-    from drama.data.shards import verify as run
-
-    console.print(f"{shards}: {run(shards).num_records:,} records, all sound", markup=False)
 
 
 @main.command()
@@ -339,16 +308,6 @@ def report(run: Path) -> None:
     from drama.report import write_report
 
     console.print(f"{write_report(run)}: open it in a browser", markup=False)
-
-
-def _bytes(text: str) -> int:
-    units = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "B": 1}
-    upper = text.upper().strip()
-    for unit, factor in units.items():
-        number = upper.removesuffix(unit)
-        if number != upper and number.replace(".", "", 1).isdecimal() and float(number) > 0:
-            return max(1, int(float(number) * factor))
-    raise UserError(f"size '{text}': write a number with KB, MB or GB, for example 256MB")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,14 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: what is wrong, where, and how to mend it."""
+    """Bad input. The message is one line: what is wrong, where, and how to mend it.
+
+    reason: a few words, the same for all faults of a kind, for those who count them.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or "wrong key or type"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ from transformers import AutoModel
 from drama.attention import ATTENTION_NAME
 from drama.blocks import Execution
 from drama.data.batches import pack
+from drama.data.lines import is_url
 from drama.data.manifest import MANIFEST
 from drama.data.stream import ShardSet
 from drama.encoder import Encoder, RetrieverSettings, read_config
@@ -161,7 +162,7 @@ def graph_bytes(
 def count_work(recipe: Recipe) -> Work:
     """A step's texts, tokens and FLOPs from a sample of the shards, else from the longest texts."""
     config, data, train = read_config(recipe.model.path), recipe.data, recipe.train
-    sampled = all((Path(shards) / MANIFEST).is_file() for shards in data.shards)
+    sampled = all(is_url(folder) or (Path(folder) / MANIFEST).is_file() for folder in data.shards)
     if sampled:
         records = ShardSet(data.shards)
         step = max(1, len(records) // SAMPLE)
@@ -172,7 +173,7 @@ def count_work(recipe: Recipe) -> Work:
             recipe.model.query_prefix,
             recipe.model.document_prefix,
         )
-        queries = encode([r.query for r in chosen], "query", data.max_query_tokens)[0]
+        queries = encode.queries(chosen, data.max_query_tokens)[0]
         texts = [
             document.full_text
             for record, others in zip(chosen, negatives, strict=True)

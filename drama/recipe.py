@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from drama.data.lines import is_url
 from drama.errors import UserError, nearest
 from drama.files import replacing
 
@@ -36,6 +37,13 @@ OnOff = Annotated[
     Literal["auto", "on", "off"],
     BeforeValidator(lambda x: {True: "on", False: "off"}.get(x, x) if isinstance(x, bool) else x),
 ]
+
+
+def _folder_or_address(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and not is_url(value) else value
+
+
+ShardFolder = Annotated[Path | str, BeforeValidator(_folder_or_address)]  # s3://, hf://, ...
 
 
 class _Strict(BaseModel):
@@ -68,7 +76,7 @@ class ModelRecipe(_Strict):
 class DataRecipe(_Strict):
     """Which shards, and how a record becomes rows of a batch."""
 
-    shards: list[Path] = Field(min_length=1)
+    shards: list[ShardFolder] = Field(min_length=1)
     hard_negatives: Annotated[int, Field(ge=0)] = 7
     max_query_tokens: Annotated[int, Field(ge=2)] = 256
     max_document_tokens: Annotated[int, Field(ge=2)] = 256
@@ -101,7 +109,7 @@ class EvalRecipe(_Strict):
     """What the model is judged by while it trains; the best one is kept in RUN/best."""
 
     every: Positive = 200  # steps
-    shards: list[Path] = []  # held-out records: their loss
+    shards: list[ShardFolder] = []  # held-out records: their loss
     max_records: Positive = 4096  # of them
     beir: list[Path] = []  # folders in BEIR's layout: nDCG@10, which decides what is best
     split: str = "test"

@@ -5,7 +5,6 @@ A killed run goes on where it stood: finished blocks lie in OUT/blocks until the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 
 from drama.console import console, progress
-from drama.data.manifest import MANIFEST
 from drama.data.records import content_id, document_hash64, query_hash64
 from drama.data.stream import ShardSet
 from drama.encoder import Encoder
@@ -41,8 +39,11 @@ def write_teacher_vectors(
         UserError: bad shards, no such model, or `out` holds another teacher's vectors.
     """
     folder, records = Path(out), ShardSet(shards)
-    digests = [hashlib.sha256((Path(s) / MANIFEST).read_bytes()).hexdigest() for s in shards]
-    about = {"model": str(model), "model_sha256": model_sha256(model), "shards": digests}
+    about = {
+        "model": str(model),
+        "model_sha256": model_sha256(model),
+        "shards": records.sha256,
+    }
     if _same(folder / "manifest.json", about, folder):
         console.print(f"{folder}: all vectors are there already", markup=False)
         return TeacherVectors(folder)

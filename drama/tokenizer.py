@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from drama.data.records import Record
 from drama.errors import UserError
 
 Kind = Literal["query", "document"]
@@ -57,6 +59,11 @@ def _append_eos(tokenizer: Any) -> None:
     )
 
 
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """A hash of what decides a text's token ids."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class TextEncoder:
     """Tokenises texts for one retriever; picklable, so data workers can carry it."""
@@ -78,12 +85,18 @@ class TextEncoder:
         if kind not in ("query", "document"):
             raise UserError(f"kind '{kind}' must be query or document")
         prefix = self.query_prefix if kind == "query" else self.document_prefix
+        return self._encode([prefix + text for text in texts], max_tokens)
+
+    def queries(self, records: Sequence[Record], max_tokens: int) -> tuple[list[list[int]], int]:
+        """The records' queries, each after its own prompt or else the query prefix."""
+        texts = [(record.prompt or self.query_prefix) + record.query for record in records]
+        return self._encode(texts, max_tokens)
+
+    def _encode(self, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
         eos = self.tokenizer.eos_token_id
         rows, num_cut = [], 0
         # a list straight into the Rust tokenizer: one call, all texts
-        for encoding in self.tokenizer.backend_tokenizer.encode_batch(
-            [prefix + text for text in texts]
-        ):
+        for encoding in self.tokenizer.backend_tokenizer.encode_batch(texts):
             ids = encoding.ids
             if len(ids) > max_tokens:
                 num_cut += 1

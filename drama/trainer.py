@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from drama import checkpoint, choices
 from drama.console import console, progress
 from drama.data.batches import RankBatch, RankBatches
-from drama.data.manifest import MANIFEST
-from drama.data.stream import LaneOrder, ShardSet
+from drama.data.order import LaneOrder
+from drama.data.stream import ShardSet
 from drama.distill import ScoreDistillation
 from drama.distributed import Ranks
 from drama.encoder import Encoder, RetrieverSettings
@@ -289,9 +289,8 @@ class Trainer:
 
     def _inputs(self) -> dict[str, Any]:
         """Hashes of the backbone and the shards: a path may come to hold something else."""
-        model, shards = self.recipe.model.path, self.recipe.data.shards
-        digests = [hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest() for path in shards]
-        found = {"backbone": model_sha256(model), "shards": digests}
+        backbone = model_sha256(self.recipe.model.path)
+        found = {"backbone": backbone, "shards": self.batches.shards.sha256}
         if teacher := self.recipe.loss.teacher:
             found["teacher"] = hashlib.sha256((teacher / "manifest.json").read_bytes()).hexdigest()
         return found

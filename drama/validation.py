@@ -47,6 +47,10 @@ class _Dataset:
     qrels: Qrels
 
 
+def _place(folder: Path | str) -> str:
+    return str(folder.resolve()) if isinstance(folder, Path) else folder.rstrip("/")
+
+
 class Validator:
     """Holds what `recipe.eval` names, read and tokenised once.
 
@@ -59,7 +63,7 @@ class Validator:
         self.world, self.rank = step.world_size, batches.rank
         self.datasets = [self._read(folder) for folder in recipe.eval.beir]
         self.shards = ShardSet(recipe.eval.shards) if recipe.eval.shards else None
-        both = {p.resolve() for p in recipe.eval.shards} & {p.resolve() for p in recipe.data.shards}
+        both = {_place(p) for p in recipe.eval.shards} & {_place(p) for p in recipe.data.shards}
         if both:
             raise UserError(f"eval.shards: {min(both)} is trained on; hold other shards out")
 

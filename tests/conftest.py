@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from drama.console import quiet_libraries
-from drama.data.shards import write_shards
 from drama.data.sources import read_source
+from drama.data.writer import write_shards
 from drama.testing import run_deepspeed, tiny_llama
 
 ROOT = Path(__file__).parents[1]

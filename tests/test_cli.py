@@ -238,7 +238,7 @@ def test_verify_names_the_damage(here: Path) -> None:
     tar.write_bytes(sound[:at] + b"BREAD" + sound[at + 5 :])
     changed = drama("verify", "out")
     assert changed.exit_code == 2
-    assert "train-000000.tar: its SHA-256 differs" in changed.stderr.splitlines()[-1]
+    assert "train-000000.tar: record 0 at byte 0: its checksum differs" in changed.stderr.splitlines()[-1]
 
 
 def test_calibration_text_is_read_before_the_weights(here: Path) -> None:
@@ -292,9 +292,9 @@ def test_the_launcher_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
 
 
 def test_sizes_are_powers_of_1024() -> None:
-    from drama.cli import _bytes
+    from drama.cli_data import parse_bytes
 
-    assert [_bytes(s) for s in ("256MB", "1.5kb", "2GB", "7B")] == [2**28, 1536, 2**31, 7]
+    assert [parse_bytes(s) for s in ("256MB", "1.5kb", "2GB", "7B")] == [2**28, 1536, 2**31, 7]
 
 
 def test_from_texts_to_answers(here: Path) -> None:

@@ -13,8 +13,8 @@ import yaml
 from click.testing import CliRunner
 
 from drama.cli import main as cli
-from drama.data.shards import write_shards
 from drama.data.sources import read_source
+from drama.data.writer import write_shards
 from drama.plan import Model, Work, count_model, count_work, make_plan, memory
 from drama.recipe import Recipe
 from drama.testing import tiny_llama

@@ -14,8 +14,8 @@ from transformers import AutoModel
 
 from drama import choices
 from drama.data.records import Document, Record
-from drama.data.shards import write_shards
 from drama.data.sources import read_source
+from drama.data.writer import write_shards
 from drama.encoder import Encoder, RetrieverSettings
 from drama.errors import UserError
 from drama.kernels.infonce_reference import infonce_reference

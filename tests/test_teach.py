@@ -11,8 +11,8 @@ from transformers import BertConfig, BertModel
 
 from drama import teach
 from drama.data.records import content_id, document_hash64, query_hash64
-from drama.data.shards import write_shards
 from drama.data.sources import read_source
+from drama.data.writer import write_shards
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.teach import write_teacher_vectors

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drama.data.shards import write_shards
 from drama.data.sources import read_source
+from drama.data.writer import write_shards
 from drama.distributed import free_port
 from drama.encoder import Encoder
 from drama.recipe import Recipe

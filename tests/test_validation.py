@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from drama.average import average_checkpoints
 from drama.data.batches import pack
-from drama.data.shards import write_shards
 from drama.data.sources import read_source
+from drama.data.writer import write_shards
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.kernels.infonce_reference import infonce_reference

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from drama.data.beir import SUFFIXES, read_corpus
-from drama.data.lines import read_objects
+from drama.data.beir import read_corpus
+from drama.data.lines import PACKED_SUFFIXES, read_objects
 from drama.data.records import Document
 from drama.errors import UserError
 
@@ -49,7 +49,7 @@ def corpus_file(path: str | Path) -> Path:
     path = Path(path).resolve()
     if path.is_file():
         return path
-    candidates = (path / f"corpus.jsonl{suffix}" for suffix in SUFFIXES)
+    candidates = (path / f"corpus.jsonl{suffix}" for suffix in PACKED_SUFFIXES)
     file = next((file for file in candidates if file.is_file()), None)
     if file is None:
         raise UserError(
@@ -65,7 +65,7 @@ def read_documents(file: Path) -> Iterator[Document]:
     Raises:
         UserError: a line that is no document, or an id that came before.
     """
-    if file.name in {f"corpus.jsonl{suffix}" for suffix in SUFFIXES}:
+    if file.name in {f"corpus.jsonl{suffix}" for suffix in PACKED_SUFFIXES}:
         yield from read_corpus(file.parent)
         return
     seen: set[str] = set()

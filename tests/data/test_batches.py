@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from drama.data.batches import RankBatch, RankBatches, count_chunks, even_chunks, pack
+from drama.data.order import LaneOrder
 from drama.data.records import Document, Record, document_hash64
-from drama.data.shards import write_shards
-from drama.data.stream import LaneOrder, ShardSet
+from drama.data.stream import ShardSet
+from drama.data.writer import write_shards
 from drama.testing import byte_tokenizer
 from drama.tokenizer import TextEncoder, load_tokenizer
 

@@ -2,6 +2,10 @@ import hashlib
 import json
 import os
 import tarfile
+import zlib
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +15,9 @@ from hypothesis import strategies as st
 
 from drama.data.manifest import read_manifest
 from drama.data.records import Document, Record
-from drama.data.shards import verify, write_shards
+from drama.data.shards import verify
 from drama.data.stream import ShardSet
+from drama.data.writer import write_shards
 from drama.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=600).filter(str.strip)
@@ -58,10 +63,19 @@ def contents(folder):
 def test_round_trip(tmp_path, records, shard_bytes):
     manifest = write_shards(records, tmp_path / "out", shard_bytes=shard_bytes)
     shards = ShardSet([tmp_path / "out"])
-    assert [shards.read(i) for i in range(len(shards))] == records
+    read = [shards.read(i) for i in range(len(shards))]
+    for group in {(r.source, r.lang) for r in records}:  # the order within a source stays
+        assert [r for r in read if (r.source, r.lang) == group] == [
+            r for r in records if (r.source, r.lang) == group
+        ]
+    assert len(read) == len(records)
     assert manifest == verify(tmp_path / "out") == read_manifest(tmp_path / "out")
-    for source, count in manifest.sources.items():
-        assert count == sum(record.source == source for record in records)
+    for key in ("source", "lang"):
+        assert manifest.counts(key) == Counter(getattr(record, key) for record in records)
+    for shard in manifest.shards:
+        of_shard = read[: shard.records]
+        assert {(r.source, r.lang) for r in of_shard} == {(shard.source, shard.lang)}
+        del read[: shard.records]
     assert sum(manifest.document_chars.values()) == sum(
         len(r.positives) + len(r.negatives) for r in records
     )
@@ -84,7 +98,12 @@ def test_plain_webdataset_and_tarfile_read_the_same_records(tmp_path):
     dataset = webdataset.WebDataset(paths, shardshuffle=False).decode()
     assert [Record.from_json(item["json"]) for item in dataset] == records
     for shard, path in zip(manifest.shards, paths, strict=True):
-        offsets = np.fromfile(path[:-4] + ".idx", dtype="<u8")
+        index = Path(path[:-4] + ".idx").read_bytes()
+        offsets = np.frombuffer(index, "<u8", shard.records + 1)
+        checksums = np.frombuffer(index, "<u4", offset=offsets.nbytes).tolist()
+        assert hashlib.sha256(index).hexdigest() == shard.idx_sha256
+        tar_bytes = Path(path).read_bytes()
+        assert checksums == [zlib.crc32(tar_bytes[a:b]) for a, b in pairwise(offsets.tolist())]
         with tarfile.open(path) as tar:
             members = tar.getmembers()
         assert [member.offset for member in members] == offsets[:-1].tolist()
@@ -198,12 +217,14 @@ def test_truncated_index(out):
     ("changes", "message"),
     [
         ({"format": "other"}, "is no manifest of shards"),
-        ({"schema_version": 99}, "has schema version 99; this program reads version 1"),
+        ({"schema_version": 99}, "has schema version 99; this program reads version 2"),
         ({"shards": {}}, "shards is missing or of the wrong type"),
         ({"shards": []}, "names no shards"),
         ({"shards": [{"file": "../x-000000.tar"}]}, r"shards\[0\].file '../x-000000.tar' is no"),
         ({"shards": [{"file": "x-000000.tar"}]}, r"shards\[0\].records is missing"),
-        ({"sources": {"s": "many"}}, "sources: 's' must map to a number"),
+        ({"left_out": {"s": "many"}}, "left_out: 's' must map to a number"),
+        ({"weights": {"s": 0}}, "weights: 's' must map to a positive number"),
+        ({"tokens": {"max_tokens": 3}}, r"tokens\.tokenizer_sha256 is missing"),
         ({"query_chars": {"short": 1}}, "query_chars: 'short' must map"),
     ],
 )
@@ -227,19 +248,32 @@ def flip(path, offset, value):
         file.write(value)
 
 
-def test_verify_finds_a_flipped_letter_that_still_parses(out):
+def test_a_flipped_letter_that_still_parses_is_found(out):
     tar = out / "train-000000.tar"
     flip(tar, tar.read_bytes().index(b"query 3"), b"Q")
-    ShardSet([out]).read(3)
-    with pytest.raises(UserError, match=r"train-000000\.tar: its SHA-256 differs"):
-        verify(out)
+    said = r"train-000000\.tar: record 3 at byte \d+: its checksum"
+    for find in (lambda: ShardSet([out]).read(3), lambda: verify(out)):
+        with pytest.raises(UserError, match=said):
+            find()
     flip(tar, tar.read_bytes().index(b"Query 3"), b"q")
     verify(out)
+    flip(tar, tar.stat().st_size - 1, b"x")  # belongs to no record
+    with pytest.raises(UserError, match=r"train-000000\.tar: its SHA-256 differs"):
+        verify(out)
+
+
+def test_a_changed_index_is_found(out):
+    idx = out / "train-000000.idx"
+    flip(idx, 9, b"\xff")
+    with pytest.raises(UserError, match=r"train-000000\.idx: is not the index that the manifest"):
+        ShardSet([out]).read(0)
+    with pytest.raises(UserError, match=r"train-000000\.idx: its SHA-256 differs"):
+        verify(out)
 
 
 def test_verify_names_the_broken_record(out):
     tar = out / "train-000000.tar"
-    offset = int(np.fromfile(out / "train-000000.idx", "<u8")[5])
+    offset = int(np.fromfile(out / "train-000000.idx", "<u8", 6)[5])
     flip(tar, offset + 512, b"\xff")
     with pytest.raises(UserError, match=rf"train-000000\.tar: record 5 at byte {offset}: invalid"):
         verify(out)

@@ -1,0 +1,152 @@
+"""Rows of other tools' training data, turned into records. Recognised by the keys of a row:
+
+our records             query, positives, negatives
+Tevatron                query_id, query, positive_passages, negative_passages
+FlagEmbedding           query, pos, neg (pos_scores, neg_scores, prompt)
+sentence-transformers   anchor, positive, negative, negative_1, ...
+DPR                     question, positive_ctxs, hard_negative_ctxs, negative_ctxs
+NVIDIA inline           query, pos_doc, neg_doc
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from drama.data.records import Document
+from drama.errors import UserError
+
+Row = dict[str, Any]
+
+
+def layout_of(row: Row) -> str:
+    """The name of a row's layout.
+
+    Raises:
+        UserError: no layout has these keys.
+    """
+    for name, (keys, _) in LAYOUTS.items():
+        if all(key in row for key in keys):
+            return name
+    known = "; ".join(", ".join(keys) for keys, _ in LAYOUTS.values())
+    raise UserError(f"unknown layout with the keys {', '.join(row)}; known layouts have: {known}")
+
+
+def convert(layout: str, row: Row) -> Row:
+    """The row in our own JSON form, not yet checked.
+
+    Raises:
+        UserError: a key of the layout is missing or of the wrong type.
+    """
+    return LAYOUTS[layout][1](row)
+
+
+def without_nulls(value: Any) -> Any:
+    """Arrow tables spell an absent field as null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def _own(row: Row) -> Row:
+    return row
+
+
+def _tevatron(row: Row) -> Row:
+    return {
+        "query": _required(row, "query"),
+        "query_id": str(row.get("query_id", "")),
+        "positives": [_passage(doc) for doc in _list(row, "positive_passages")],
+        "negatives": [_passage(doc) for doc in _list(row, "negative_passages")],
+    }
+
+
+def _passage(passage: Any) -> Any:
+    """A document, given as its text or as an object with title, text and some name of an id."""
+    if isinstance(passage, str):
+        return {"text": passage}
+    if not isinstance(passage, dict):
+        return passage
+    passage = without_nulls(passage)
+    document = {key: passage[key] for key in ("title", "text") if key in passage}
+    for key in ("docid", "passage_id", "psg_id", "id"):
+        if key in passage:
+            document["id"] = str(passage[key])
+            break
+    return document
+
+
+def _flag_embedding(row: Row) -> Row:
+    record: Row = {"query": _required(row, "query")}
+    if row.get("prompt"):
+        record["prompt"] = row["prompt"]
+    scores: dict[str, Any] = {}
+    for key, texts_key in (("positives", "pos"), ("negatives", "neg")):
+        texts = _list(row, texts_key)
+        record[key] = [{"text": text} for text in texts]
+        scores_key = f"{texts_key}_scores"
+        if scores_key in row:
+            values = _list(row, scores_key)
+            if len(values) != len(texts):
+                raise UserError(f"{len(texts)} texts in {texts_key}, {len(values)} {scores_key}")
+            for i, (text, score) in enumerate(zip(texts, values, strict=True)):
+                scores[Document.from_json({"text": text}, f"{texts_key}[{i}]").id] = score
+    return record | ({"scores": scores} if scores else {})
+
+
+def _columns(row: Row) -> Row:
+    names = [key for key in row if re.fullmatch(r"negative(_\d+)?", key)]
+    names.sort(key=lambda key: (len(key), key))  # negative, negative_1, ..., negative_10
+    return {
+        "query": _required(row, "anchor"),
+        "positives": [{"text": _required(row, "positive")}],
+        "negatives": [{"text": row[key]} for key in names],
+    }
+
+
+def _dpr(row: Row) -> Row:
+    """Mined negatives, or the others where there are none."""
+    negatives = _list(row, "hard_negative_ctxs") or _list(row, "negative_ctxs")
+    return {
+        "query": _required(row, "question"),
+        "positives": [_passage(doc) for doc in _list(row, "positive_ctxs")],
+        "negatives": [_passage(doc) for doc in negatives],
+    }
+
+
+def _inline(row: Row) -> Row:
+    positive = _required(row, "pos_doc")
+    return {
+        "query": _required(row, "query"),
+        "query_id": str(row.get("query_id", "")),
+        "positives": [
+            _passage(doc) for doc in (positive if isinstance(positive, list) else [positive])
+        ],
+        "negatives": [_passage(doc) for doc in _list(row, "neg_doc")],
+    }
+
+
+LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Row], Row]]] = {
+    "records": (("query", "positives"), _own),
+    "Tevatron": (("query", "positive_passages"), _tevatron),
+    "FlagEmbedding": (("query", "pos"), _flag_embedding),
+    "sentence-transformers": (("anchor", "positive"), _columns),
+    "DPR": (("question", "positive_ctxs"), _dpr),
+    "NVIDIA inline": (("query", "pos_doc"), _inline),
+}
+
+
+def _required(row: Row, key: str) -> Any:
+    if key not in row:
+        raise UserError(f"no '{key}'")
+    return row[key]
+
+
+def _list(row: Row, key: str) -> list[Any]:
+    value = row.get(key, [])
+    if not isinstance(value, list):
+        raise UserError(f"{key} must be a list")
+    return value

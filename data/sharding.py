@@ -1,0 +1,447 @@
+"""Sources into shards: in parallel, in flat memory, and so that a stopped job goes on.
+
+The main process reads rows and writes tars; workers parse, check, tokenise and fingerprint. Results
+are taken in the order of the rows, so the bytes do not depend on the number of workers. From time
+to time the job brings everything to the disk and notes where it stands in `.OUT.partial`; started
+again with the same arguments, it goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import mmap
+import multiprocessing
+import os
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drama.console import progress
+from drama.data.contamination import EvaluationSets
+from drama.data.duplicates import Duplicates, count_duplicates, fingerprint, place
+from drama.data.lines import parse_json
+from drama.data.manifest import Manifest, TokenSettings
+from drama.data.members import payload_of
+from drama.data.records import Record
+from drama.data.sources import Raw, Rows, Source, to_record
+from drama.data.tokens import TokenRecord
+from drama.data.writer import (
+    EncodedRecord,
+    FolderWriter,
+    check_name,
+    check_target,
+    shard_number,
+    write_manifest,
+)
+from drama.errors import UserError
+from drama.files import replacing
+from drama.tokenizer import TextEncoder, load_tokenizer, tokenizer_sha256
+
+CHUNK_ROWS = 256
+CHUNK_BYTES = 4 * 2**20
+WAITING = 4  # chunks a worker
+JOURNAL, BAD, QUERIES, LOCK = "journal.json", "bad.jsonl", "queries.bin", ".lock"
+JOURNAL_EVERY_S = 20.0
+FORMAT = 1  # of the journal and of what a chunk becomes
+
+
+@dataclass(frozen=True)
+class ShardingOptions:
+    """What the bytes of a folder depend on, besides its sources.
+
+    tokenizer: a model folder; its token ids are stored, texts cut at `max_tokens`.
+    skip_bad: leave bad rows out, count them, and list them in bad.jsonl.
+    """
+
+    name: str = "train"
+    shard_bytes: int = 256 * 2**20
+    tokenizer: str | None = None
+    query_prefix: str = "Query: "
+    document_prefix: str = ""
+    max_tokens: int = 8192
+    decontaminate: tuple[str, ...] = ()
+    skip_bad: bool = False
+
+
+@dataclass
+class Outcome:
+    """What came of a job: the manifest, what was left out, and queries that come twice."""
+
+    manifest: Manifest
+    duplicates: Duplicates
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Consecutive rows of one source. `first` is the number of the first one among all rows."""
+
+    source: int
+    layout: str
+    first: int
+    rows: list[tuple[str, Raw]]
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """A row that was not written: `set NAME` for contamination, else why it is bad."""
+
+    reason: str
+    where: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class _Written:
+    record: EncodedRecord
+    query: bytes
+
+
+def shard_sources(
+    sources: Sequence[Source], out: str | Path, options: ShardingOptions, *, workers: int = 1
+) -> Outcome:
+    """Write the records of all sources, in their order, as a folder of shards.
+
+    The folder appears whole or not at all; an older folder of shards at `out` is replaced.
+
+    Raises:
+        UserError: a bad row (its file and line) unless `skip_bad`, a source that breaks off, no
+            records, or `out` is taken.
+    """
+    out = Path(out).resolve()
+    check_target(out)
+    check_name(options.name)
+    _check_names(sources)
+    work = _Work.of(sources, options)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial):
+        job = _Job(partial, work)
+        try:
+            with progress() as bar:
+                job.run(bar, workers)
+        except BaseException:
+            job.abandon()
+            if not (partial / JOURNAL).exists():  # nothing to go on from
+                shutil.rmtree(partial)
+            raise
+        outcome = job.finish()
+        _take_place(partial, out)
+    return outcome
+
+
+class _Work:
+    """What a worker knows: turns a chunk into what is written."""
+
+    def __init__(
+        self, sources: Sequence[Source], options: ShardingOptions, sets: EvaluationSets
+    ) -> None:
+        self.sources, self.options, self.sets = tuple(sources), options, sets
+        self.encoder: TextEncoder | None = None
+        self.tokens: TokenSettings | None = None
+        if options.tokenizer is not None:
+            tokenizer = load_tokenizer(options.tokenizer)
+            self.encoder = TextEncoder(tokenizer, options.query_prefix, options.document_prefix)
+            self.tokens = TokenSettings(
+                tokenizer_sha256(tokenizer),
+                options.query_prefix,
+                options.document_prefix,
+                options.max_tokens,
+            )
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], options: ShardingOptions) -> _Work:
+        return cls(sources, options, EvaluationSets(options.decontaminate))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever the bytes depend on."""
+        options = asdict(self.options)
+        del options["skip_bad"]  # a job that a bad row has stopped may go on and skip it
+        parts: list[Any] = [FORMAT, options, self.tokens and asdict(self.tokens)]
+        for source in self.sources:
+            parts += [asdict(source), _stamp(source.path)]
+        parts += [_stamp(folder) for folder in self.options.decontaminate]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def __call__(self, chunk: _Chunk) -> list[_Written | _LeftOut]:
+        found: list[_LeftOut | tuple[int, Record]] = []
+        for number, (where, row) in enumerate(chunk.rows, chunk.first):
+            try:
+                record = to_record(chunk.layout, row, self.sources[chunk.source])
+            except UserError as error:
+                if not self.options.skip_bad:
+                    raise UserError(f"{where}: {error}", error.reason) from None
+                found.append(_LeftOut(error.reason, where, str(error)))
+                continue
+            name = self.sets.found(record) if self.sets.names else None
+            found.append(_LeftOut(f"in {name}", where) if name else (number, record))
+        tokens = iter(self._tokens([item[1] for item in found if isinstance(item, tuple)]))
+        return [
+            item
+            if isinstance(item, _LeftOut)
+            else _Written(
+                EncodedRecord.of(item[1], item[0], next(tokens)), fingerprint(item[1].query)
+            )
+            for item in found
+        ]
+
+    def _tokens(self, records: Sequence[Record]) -> list[TokenRecord | None]:
+        if self.encoder is None or not records:
+            return [None] * len(records)
+        limit = self.options.max_tokens
+        queries, _ = self.encoder.queries(records, limit)
+        texts = [d.full_text for r in records for d in (*r.positives, *r.negatives)]
+        documents = iter(self.encoder(texts, "document", limit)[0])
+        return [
+            TokenRecord.of(
+                record,
+                [query, *islice(documents, len(record.positives) + len(record.negatives))],
+            )
+            for record, query in zip(records, queries, strict=True)
+        ]
+
+
+class _Job:
+    """The main process's side: reads rows in order, writes results in order, keeps the journal."""
+
+    def __init__(self, folder: Path, work: _Work) -> None:
+        self.folder, self.work = folder, work
+        self.left_out: Counter[str] = Counter()
+        self.source = self.row = self.rows_in_all = 0  # the next row to be read
+        self.share_read: float | None = None
+        options = work.options
+        self.writer = FolderWriter(folder, options.name, options.shard_bytes, work.tokens)
+        if not self._resumed():
+            for path in folder.iterdir():
+                if path.name != LOCK:
+                    path.unlink()
+            self.writer = FolderWriter(folder, options.name, options.shard_bytes, work.tokens)
+        self.bad = (folder / BAD).open("ab")
+        self.queries = (folder / QUERIES).open("ab")
+        self._noted = time.monotonic()
+
+    def run(self, bar: Any, workers: int) -> None:
+        title = f"shard {self.work.options.name}"
+        task = bar.add_task(title, total=1000, note="")
+        for chunk, results in self._results(workers):
+            for result in results:
+                self._take(result)
+            last = chunk.first + len(chunk.rows)
+            if chunk.source != self.source:
+                self.source, self.row = chunk.source, 0
+            self.row += len(chunk.rows)
+            self.rows_in_all = last
+            if time.monotonic() - self._noted > JOURNAL_EVERY_S:
+                self._note()
+            name = self.work.sources[chunk.source].name
+            left_out = f", {self.left_out.total():,} left out" if self.left_out else ""
+            note = f"{name}: {self.writer.num_records:,} records{left_out}"
+            done = (chunk.source + (self.share_read or 0.0)) / len(self.work.sources)
+            bar.update(task, completed=int(1000 * done), note=note)
+        bar.update(task, completed=1000)
+
+    def finish(self) -> Outcome:
+        """Close the shards, look for queries that come twice, write the manifest."""
+        weights = {s.name: s.weight for s in self.work.sources if s.weight is not None}
+        manifest = self.writer.finish(weights=weights, left_out=dict(sorted(self.left_out.items())))
+        self.abandon()
+        duplicates = count_duplicates(self.folder / QUERIES, _Queries(self.folder, manifest))
+        counts = {"exact": duplicates.exact, "near": duplicates.near}
+        manifest = dataclasses.replace(manifest, duplicate_queries=counts)
+        for name in (QUERIES, JOURNAL):
+            (self.folder / name).unlink(missing_ok=True)
+        if not (self.folder / BAD).stat().st_size:
+            (self.folder / BAD).unlink()
+        write_manifest(self.folder, manifest)
+        return Outcome(manifest, duplicates, self.left_out)
+
+    def abandon(self) -> None:
+        for file in (self.bad, self.queries):
+            file.close()
+        self.writer.abandon()
+
+    def _take(self, result: _Written | _LeftOut) -> None:
+        if isinstance(result, _LeftOut):
+            self.left_out[result.reason] += 1
+            line = {"where": result.where, "reason": result.reason, "error": result.error}
+            self.bad.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        else:
+            self.queries.write(place(result.query, *self.writer.add(result.record)))
+
+    def _results(self, workers: int) -> Iterator[tuple[_Chunk, list[_Written | _LeftOut]]]:
+        """In the order of the chunks, a bounded number of them on the way."""
+        chunks = self._chunks()
+        if workers <= 1:
+            for chunk in chunks:
+                yield chunk, self.work(chunk)
+            return
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(
+            workers, context, initializer=_start_worker, initargs=(self.work,)
+        ) as pool:
+            flying: deque[tuple[_Chunk, Future[list[_Written | _LeftOut]]]] = deque()
+            try:
+                for chunk in chunks:
+                    flying.append((chunk, pool.submit(_in_worker, chunk)))
+                    if len(flying) >= WAITING * workers:
+                        done, future = flying.popleft()
+                        yield done, future.result()
+                for done, future in flying:
+                    yield done, future.result()
+            except BrokenProcessPool:
+                raise UserError(
+                    "a worker was ended from outside, perhaps for want of memory; take fewer "
+                    "--workers; the job goes on where it was when you start it again"
+                ) from None
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        skip, first = self.row, self.rows_in_all
+        for number in range(self.source, len(self.work.sources)):
+            rows = Rows(self.work.sources[number])
+            part: list[tuple[str, Raw]] = []
+            size = 0
+            for where, row in islice(rows, skip, None):
+                part.append((where, row))
+                size += len(row) if isinstance(row, bytes) else CHUNK_BYTES // CHUNK_ROWS
+                if len(part) == CHUNK_ROWS or size >= CHUNK_BYTES:
+                    self.share_read = rows.share_read
+                    yield _Chunk(number, rows.layout, first, part)
+                    first, part, size = first + len(part), [], 0
+            if part:
+                yield _Chunk(number, rows.layout, first, part)
+                first += len(part)
+            skip = 0
+
+    def _note(self) -> None:
+        for file in (self.bad, self.queries):
+            file.flush()
+            os.fsync(file.fileno())
+        state = {
+            "fingerprint": self.work.fingerprint,
+            "source": self.source,
+            "row": self.row,
+            "rows_in_all": self.rows_in_all,
+            "left_out": self.left_out,
+            "bad_bytes": self.bad.tell(),
+            "queries_bytes": self.queries.tell(),
+            "writer": self.writer.position(),
+        }
+        with replacing(self.folder / JOURNAL) as temporary:
+            temporary.write_text(json.dumps(state), encoding="utf-8")
+        self._noted = time.monotonic()
+
+    def _resumed(self) -> bool:
+        """Take up the journal's position, if there is one of this very job."""
+        try:
+            state = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
+            if state["fingerprint"] != self.work.fingerprint:
+                return False
+            for name in (BAD, QUERIES):
+                os.truncate(self.folder / name, state[f"{name.split('.')[0]}_bytes"])
+            self.writer.resume(state["writer"])
+        except (OSError, ValueError, KeyError, TypeError):
+            self.writer.abandon()
+            return False
+        self.source, self.row = state["source"], state["row"]
+        self.rows_in_all = state["rows_in_all"]
+        self.left_out = Counter(state["left_out"])
+        return True
+
+
+class _Queries:
+    """Reads the query at a place of the shards that were just written."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.members = folder, manifest.members
+        self.files = {shard_number(shard.file): shard for shard in manifest.shards}
+        self._open = lru_cache(maxsize=64)(self._open_shard)
+
+    def __call__(self, shard: int, row: int) -> str:
+        tar, offsets = self._open(shard)
+        start, end = offsets[row * self.members : row * self.members + 2]
+        member = memoryview(tar[int(start) : int(end)])
+        query: str = parse_json(bytes(payload_of(member)))["query"]
+        return query
+
+    def _open_shard(self, number: int) -> tuple[mmap.mmap, np.ndarray]:
+        shard = self.files[number]
+        with (self.folder / shard.file).open("rb") as file:
+            tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        count = shard.records * self.members + 1
+        return tar, np.memmap(self.folder / shard.idx_file, "<u8", "r", shape=count)
+
+
+_work: _Work | None = None  # of a worker process
+
+
+def _start_worker(work: _Work) -> None:
+    global _work
+    _work = work
+
+
+def _in_worker(chunk: _Chunk) -> list[_Written | _LeftOut]:
+    assert _work is not None
+    return _work(chunk)
+
+
+def _check_names(sources: Sequence[Source]) -> None:
+    paths: dict[str, str] = {}
+    for source in sources:
+        if source.name in paths:
+            raise UserError(
+                f"{paths[source.name]} and {source.path} are both called '{source.name}'; name "
+                "them: NAME=PATH"
+            )
+        paths[source.name] = source.path
+
+
+def _stamp(path: str) -> list[Any]:
+    """Changes when a source on this disk does; an address is taken for unchanged."""
+    place = Path(path)
+    if not place.exists():
+        return []
+    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another job is writing there; wait for its end") from None
+        yield
+
+
+def _take_place(partial: Path, out: Path) -> None:
+    """Put the whole folder where it belongs; a fault leaves the old one or the new one."""
+    (partial / LOCK).unlink()
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    if out.exists():
+        os.replace(out, old)
+    try:
+        os.replace(partial, out)
+    except OSError:
+        if old.exists():
+            os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
