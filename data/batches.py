@@ -1,93 +1,38 @@
-"""From records to packed chunks: tokens side by side, no padding, cut by a token budget.
+"""From shards to one rank's share of a global batch, as token rows.
 
-T packed tokens, B sequences.
+B queries, M hard negatives, N documents.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from drama.data.order import LaneOrder
-from drama.data.records import Document, Record, content_id, document_hash64, query_hash64
+from drama.data.draws import draw_documents
+from drama.data.packing import Row, TokenRows
+from drama.data.records import Record, content_id, document_hash64, query_hash64
 from drama.data.stream import ShardSet
-from drama.tokenizer import TextEncoder
+from drama.data.tokens import TokenRecords
+from drama.errors import UserError
+from drama.tokenizer import TextEncoder, tokenizer_sha256
+
+T = TypeVar("T")
 
 
-@dataclass
-class PackedBatch:
-    """Sequences laid side by side.
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that was left out of a batch: its number, a short reason, the whole message."""
 
-    input_ids_T, position_ids_T: int64. cu_seqlens: int32 [B + 1]. lengths: the same on the host.
-    """
-
-    input_ids_T: Tensor
-    position_ids_T: Tensor
-    cu_seqlens: Tensor
-    lengths: tuple[int, ...]
-
-    def to(self, device: torch.device | str) -> PackedBatch:
-        ids, positions, cu = (
-            x.to(device, non_blocking=True)
-            for x in (self.input_ids_T, self.position_ids_T, self.cu_seqlens)
-        )
-        return PackedBatch(ids, positions, cu, self.lengths)
-
-
-def pack(rows: Sequence[Sequence[int]]) -> PackedBatch:
-    """Lay token rows (each at least one token) side by side, in the order given."""
-    lengths = tuple(len(row) for row in rows)
-    assert min(lengths, default=0) > 0, "packing needs rows with at least one token"
-    return PackedBatch(
-        torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64, sum(lengths))),
-        torch.cat([torch.arange(n) for n in lengths]),
-        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-        lengths,
-    )
-
-
-def count_chunks(lengths: Sequence[int], token_budget: int) -> int:
-    """How many chunks `lengths` (sorted) need when none may exceed the budget."""
-    return len(_greedy(lengths, token_budget))
-
-
-def _greedy(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Cut the sequence of lengths into runs of at most `capacity` tokens; a longer one is alone."""
-    chunks: list[list[int]] = []
-    room = -1
-    for index, length in enumerate(lengths):
-        if length > room:
-            chunks.append([])
-            room = capacity
-        chunks[-1].append(index)
-        room -= length
-    return chunks
-
-
-def even_chunks(lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
-    """Cut `lengths` into exactly `num_chunks` consecutive runs, the largest as small as possible.
-
-    Runs hold indices into `lengths`. Fewer sequences than chunks give empty runs at the end.
-    """
-    low, high = max(lengths), sum(lengths)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (
-            (low, middle) if len(_greedy(lengths, middle)) <= num_chunks else (middle + 1, high)
-        )
-    chunks = _greedy(lengths, low)
-    while len(chunks) < num_chunks and len(chunks) < len(lengths):
-        widest = max((c for c in chunks if len(c) > 1), key=lambda c: sum(lengths[i] for i in c))
-        at, half = chunks.index(widest), len(widest) // 2
-        chunks[at : at + 1] = [widest[:half], widest[half:]]
-    return chunks + [[] for _ in range(num_chunks - len(chunks))]
+    index: int
+    reason: str
+    message: str
 
 
 @dataclass
@@ -95,30 +40,42 @@ class RankBatch:
     """One rank's share of a global batch: token rows of the queries, then of the documents.
 
     The first `num_queries` documents are the positives, in query order; hard negatives follow.
-    document_ids: int64 [documents], equal ids mean equal documents. num_cut: texts that were cut.
-    query_ids: int64 [queries], ids of the queries' texts. negatives_of: int64 [hard negatives], the
-    query of each. scores: float64 [documents], a teacher's score for a document and its query, NaN
-    where there is none.
+    document_ids: int64 [N], equal ids mean equal documents. num_cut: texts that were cut.
+    query_ids: int64 [B], ids of the queries' texts. negatives_of: int64 [M], the query of each hard
+    negative. scores: float64 [N], a teacher's score for a document and its query, NaN where there
+    is none. bad: records left out.
     """
 
-    rows: list[list[int]]
+    rows: TokenRows
     num_queries: int
     document_ids: Tensor
     num_cut: int
     query_ids: Tensor
     negatives_of: Tensor
     scores: Tensor
+    bad: list[BadRecord] = field(default_factory=list)
 
     @classmethod
-    def of_pairs(cls, rows: list[list[int]], document_ids: Tensor) -> RankBatch:
+    def of_pairs(cls, rows: Sequence[Row], document_ids: Tensor) -> RankBatch:
         """Queries and as many positives, without hard negatives, scores or ids of queries."""
         count, none = len(document_ids), torch.empty(0, dtype=torch.int64)
         unknown = torch.full((count,), torch.nan, dtype=torch.float64)
-        return cls(rows, count, document_ids, 0, torch.zeros_like(document_ids), none, unknown)
+        packed, no_ids = TokenRows.of(rows), torch.zeros_like(document_ids)
+        return cls(packed, count, document_ids, 0, no_ids, none, unknown)
 
     @property
     def num_tokens(self) -> int:
-        return sum(map(len, self.rows))
+        return int(self.rows.lengths.sum())
+
+
+class Order(Protocol):
+    """Which records a step takes: a function of the step alone, whatever the world size."""
+
+    batches_per_epoch: int
+
+    def rank_records(
+        self, step: int, rank: int, world_size: int
+    ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class RankBatches(Dataset[RankBatch]):
@@ -127,12 +84,18 @@ class RankBatches(Dataset[RankBatch]):
     A map-style dataset, so a DataLoader over `range(start, stop)` reads, tokenises and resumes with
     any number of workers and gives the same batches. One positive and up to `hard_negatives`
     negatives are drawn per query and epoch; a record with fewer negatives gives fewer columns.
+
+    Token ids that the shards hold are used if they are what tokenising would give; `no_tokens` says
+    why they are not.
+
+    Args:
+        on_bad: a damaged record ends the run, or is left out and reported in the batch.
     """
 
     def __init__(
         self,
         shards: ShardSet,
-        order: LaneOrder,
+        order: Order,
         tokenize: TextEncoder,
         *,
         rank: int,
@@ -141,32 +104,48 @@ class RankBatches(Dataset[RankBatch]):
         hard_negatives: int,
         max_query_tokens: int,
         max_document_tokens: int,
+        on_bad: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.shards, self.order, self.tokenize = shards, order, tokenize
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.hard_negatives = hard_negatives
+        self.hard_negatives, self.on_bad = hard_negatives, on_bad
         self.max_query_tokens, self.max_document_tokens = max_query_tokens, max_document_tokens
+        self.no_tokens = self._no_tokens()
 
     def __getitem__(self, step: int) -> RankBatch:
-        epoch, batch = divmod(step, self.order.batches_per_epoch)
-        indices = self.order.rank_indices(epoch, batch, self.rank, self.world_size)
-        return self.of_records([self.shards.read(int(i)) for i in indices], indices, epoch)
+        indices, epochs = self.order.rank_records(step, self.rank, self.world_size)
+        if self.shards.is_remote:
+            info = get_worker_info()
+            after = step + (info.num_workers if info else 1)
+            self.shards.prefetch(self.order.rank_records(after, self.rank, self.world_size)[0])
+        if self.no_tokens:
+            records, kept, bad = self._read(self.shards.read, indices)
+            batch = self.of_records(records, indices[kept], epochs[kept])
+        else:
+            members, kept, bad = self._read(self.shards.read_token_member, indices)
+            batch = self._of_tokens(TokenRecords(members), indices[kept], epochs[kept])
+        batch.bad = bad
+        return batch
 
     def of_records(
-        self, records: Sequence[Record], indices: Sequence[int] | np.ndarray, epoch: int
+        self, records: Sequence[Record], indices: Sequence[int] | np.ndarray, epochs: np.ndarray
     ) -> RankBatch:
-        """Rows of these records; `indices` and `epoch` decide which documents are drawn."""
-        drawn = [
-            self._draw(record, epoch, int(i)) for record, i in zip(records, indices, strict=True)
-        ]
-        positives = [positive for positive, _ in drawn]
-        documents = positives + [doc for _, negatives in drawn for doc in negatives]
-        counts = [len(negatives) for _, negatives in drawn]
-        negatives_of = np.repeat(np.arange(len(records)), counts)
-        owners = [*range(len(records)), *negatives_of.tolist()]
-        queries, cut_queries = self.tokenize(
-            [record.query for record in records], "query", self.max_query_tokens
+        """Rows of these records; `indices` and `epochs` decide which documents are drawn."""
+        drawn = draw_documents(
+            self.seed,
+            epochs,
+            np.asarray(indices),
+            np.array([len(record.positives) for record in records]),
+            np.array([len(record.negatives) for record in records]),
+            self.hard_negatives,
         )
+        documents = [r.positives[i] for r, i in zip(records, drawn.positive_B, strict=True)]
+        documents += [
+            records[owner].negatives[i]
+            for owner, i in zip(drawn.owner_M, drawn.negative_M, strict=True)
+        ]
+        owners = [*range(len(records)), *drawn.owner_M.tolist()]
+        queries, cut_queries = self.tokenize.queries(records, self.max_query_tokens)
         texts, cut_documents = self.tokenize(
             [document.full_text for document in documents],
             "document",
@@ -179,19 +158,78 @@ class RankBatches(Dataset[RankBatch]):
             for owner, document in zip(owners, documents, strict=True)
         ]
         return RankBatch(
-            queries + texts,
+            TokenRows.of(queries + texts),
             len(queries),
             torch.tensor(ids),
             cut_queries + cut_documents,
             query_ids=torch.tensor([query_hash64(record.query) for record in records]),
-            negatives_of=torch.from_numpy(negatives_of),
+            negatives_of=torch.from_numpy(drawn.owner_M),
             scores=torch.tensor(scores, dtype=torch.float64),
         )
 
-    def _draw(self, record: Record, epoch: int, index: int) -> tuple[Document, list[Document]]:
-        # raw words, as in LaneOrder: numpy keeps these from version to version
-        seeds = np.random.SeedSequence([self.seed, epoch, index])
-        words = np.random.Philox(seeds).random_raw(1 + len(record.negatives))
-        positive = record.positives[int(words[0]) % len(record.positives)]
-        chosen = np.argsort(words[1:], kind="stable")[: self.hard_negatives]
-        return positive, [record.negatives[i] for i in chosen]
+    def _of_tokens(
+        self, records: TokenRecords, indices: np.ndarray, epochs: np.ndarray
+    ) -> RankBatch:
+        drawn = draw_documents(
+            self.seed, epochs, indices, records.positives_B, records.negatives_B,
+            self.hard_negatives,
+        )  # fmt: skip
+        own = np.arange(len(records))
+        of_X = np.concatenate((own, own, drawn.owner_M))
+        row_X = np.concatenate(
+            (
+                np.zeros_like(own),
+                1 + drawn.positive_B,
+                1 + records.positives_B[drawn.owner_M] + drawn.negative_M,
+            )
+        )
+        limit_X = np.full(len(of_X), self.max_document_tokens)
+        limit_X[own] = self.max_query_tokens
+        tokens, lengths, cut = records.rows(
+            of_X, row_X, limit_X, self.tokenize.tokenizer.eos_token_id
+        )
+        ids = torch.from_numpy(records.ids(of_X, row_X))
+        scores = records.scores(of_X[len(own) :], row_X[len(own) :])
+        return RankBatch(
+            TokenRows(tokens, lengths),
+            len(own),
+            ids[len(own) :],
+            cut,
+            query_ids=ids[: len(own)],
+            negatives_of=torch.from_numpy(drawn.owner_M),
+            scores=torch.from_numpy(scores),
+        )
+
+    def _read(
+        self, read: Callable[[int], T], indices: np.ndarray
+    ) -> tuple[list[T], list[int], list[BadRecord]]:
+        """What was read, the places of these among `indices`, and the others."""
+        found: list[T] = []
+        kept: list[int] = []
+        bad: list[BadRecord] = []
+        for place, index in enumerate(indices.tolist()):
+            try:
+                found.append(read(index))
+                kept.append(place)
+            except UserError as error:
+                if self.on_bad == "stop":
+                    raise
+                bad.append(BadRecord(index, error.reason, str(error)))
+        if not found:
+            raise UserError(f"every record of a batch is bad, the last one: {bad[-1].message}")
+        return found, kept, bad
+
+    def _no_tokens(self) -> str:
+        tokens = self.shards.tokens
+        if tokens is None:
+            return "the shards hold no token ids"
+        if tokens.tokenizer_sha256 != tokenizer_sha256(self.tokenize.tokenizer):
+            return "the shards hold token ids of another tokenizer"
+        if (tokens.query_prefix, tokens.document_prefix) != (
+            self.tokenize.query_prefix,
+            self.tokenize.document_prefix,
+        ):
+            return "the shards' token ids were made with other prefixes"
+        if tokens.max_tokens < max(self.max_query_tokens, self.max_document_tokens):
+            return f"the shards' token ids were cut at {tokens.max_tokens}"
+        return ""

@@ -103,11 +103,25 @@ class LaneOrder:
         """
         if not 0 <= batch < self.batches_per_epoch:
             raise IndexError(f"batch {batch} of {self.batches_per_epoch}")
-        start, end = batch * self.per_lane, (batch + 1) * self.per_lane
+        return self.batches(epoch, batch, batch + 1)
+
+    def batches(self, epoch: int, first: int, stop: int) -> np.ndarray:
+        """Record numbers int64 [L, (stop - first) * P] of consecutive batches of an epoch."""
+        start, end = first * self.per_lane, stop * self.per_lane
         windows = range(start // self.window, (end - 1) // self.window + 1)
         rows_LW = np.concatenate([self._window_LW(epoch, window) for window in windows], axis=1)
         skip = windows.start * self.window
         return rows_LW[:, start - skip : end - skip]
+
+    def rank_records(self, step: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Record numbers int64 [n] of one rank for a step of an endless run, and their epochs.
+
+        Raises:
+            UserError: more ranks than lanes.
+        """
+        epoch, batch = divmod(step, self.batches_per_epoch)
+        indices = self.rank_indices(epoch, batch, rank, world_size)
+        return indices, np.full(len(indices), epoch)
 
     def rank_indices(self, epoch: int, batch: int, rank: int, world_size: int) -> np.ndarray:
         """Record numbers int64 [n] of one rank: lanes rank, rank + world_size, ... in order.

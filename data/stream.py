@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
-import numpy as np
-
 from drama.data.lines import is_url, parse_json
 from drama.data.manifest import MANIFEST, Manifest, Shard, TokenSettings, damaged, read_manifest
 from drama.data.members import payload_of
@@ -58,6 +56,7 @@ class ShardSet:
         self.shards = [shard for _, shard, _ in self._shards]
         self.shard_sizes = [shard.records for shard in self.shards]
         self._ends = list(accumulate(self.shard_sizes))
+        self.is_remote = any(is_url(file) for file, _, _ in self._shards)
         self._make_caches()
 
     @property
@@ -94,7 +93,7 @@ class ShardSet:
             IndexError: `index` is not in [0, len).
             UserError: damaged data; names the shard, the record in it and its byte offset.
         """
-        return Record.trusted(parse_json(bytes(self._payload(index, 0))))
+        return Record.trusted(parse_json(bytes(payload_of(memoryview(self._member(index, 0))))))
 
     def read_tokens(self, index: int) -> TokenRecord:
         """The token ids of the record with this number, in a set that has `tokens`.
@@ -102,7 +101,15 @@ class ShardSet:
         Raises:
             IndexError, UserError: as `read`.
         """
-        return TokenRecord.from_bytes(self._payload(index, 1))
+        return TokenRecord.from_bytes(payload_of(memoryview(self._member(index, 1))))
+
+    def read_token_member(self, index: int) -> bytes:
+        """The tar member that holds the token ids, for `TokenRecords`.
+
+        Raises:
+            IndexError, UserError: as `read`.
+        """
+        return self._member(index, 1)
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Start to fetch what these records need from afar; returns at once."""
@@ -112,11 +119,11 @@ class ShardSet:
             if is_url(file):
                 row = (index - self._ends[number] + shard.records) * members
                 opened = self._open(number)
-                start, end = int(opened.offsets[row]), int(opened.offsets[row + members])
+                start, end = opened.offsets[row], opened.offsets[row + members]
                 assert isinstance(opened.file, RemoteFile)
                 opened.file.prefetch(start, end)
 
-    def _payload(self, index: int, which: int) -> memoryview:
+    def _member(self, index: int, which: int) -> bytes:
         if not 0 <= index < self._ends[-1]:
             raise IndexError(f"record {index} of {len(self)}")
         number = bisect_right(self._ends, index)
@@ -124,7 +131,7 @@ class ShardSet:
         row = index - self._ends[number] + shard.records
         opened = self._open(number)
         place = row * members + which
-        start, end = int(opened.offsets[place]), int(opened.offsets[place + 1])
+        start, end = opened.offsets[place], opened.offsets[place + 1]
         member = opened.file.pread(start, end)
         if crc32(member) != opened.checksums[place]:
             if opened.file.forget(start, end):  # the copy here may be at fault
@@ -135,7 +142,7 @@ class ShardSet:
             if crc32(member) != opened.checksums[place]:
                 fault = "its checksum differs, these are not the bytes that were written"
                 raise damaged(f"{file}: record {row} at byte {start}", fault)
-        return payload_of(memoryview(member))
+        return member
 
     def _manifest(self, path: str | Path) -> Manifest:
         if not is_url(path):
@@ -169,8 +176,10 @@ class _OpenShard:
         if hashlib.sha256(index).hexdigest() != shard.idx_sha256:
             raise damaged(where, "is not the index that the manifest names")
         count = shard.records * members
-        self.offsets = np.frombuffer(index, "<u8", count + 1)
-        self.checksums = np.frombuffer(index, "<u4", count, 8 * (count + 1))
+        # plain integers come out of these three times as fast as out of numpy's arrays
+        whole = memoryview(index)
+        self.offsets = whole[: 8 * (count + 1)].cast("Q")
+        self.checksums = whole[8 * (count + 1) :].cast("I")
 
 
 class _LocalFile:

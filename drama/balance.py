@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from drama.data.batches import RankBatch, count_chunks, even_chunks
+from drama.data.batches import RankBatch
+from drama.data.packing import Row, count_chunks, even_chunks
 from drama.gather import all_gather
 from drama.targets import Targets
 
@@ -35,7 +36,7 @@ class Share:
     positive document.
     """
 
-    rows: Sequence[Sequence[int]]
+    rows: Sequence[Row]
     query_B: np.ndarray
     query_ids_B: np.ndarray
     documents_by_rank: list[np.ndarray]
@@ -140,7 +141,7 @@ class _Texts:
     @classmethod
     def of_all_ranks(cls, batch: RankBatch, world: int, group: dist.ProcessGroup | None) -> _Texts:
         queries = np.arange(batch.num_queries)
-        lengths = np.array([len(row) for row in batch.rows], np.int64)
+        lengths = batch.rows.lengths
         scores = np.full(len(lengths), np.nan)
         scores[len(queries) :] = batch.scores.numpy()
         own = np.stack(
@@ -192,13 +193,13 @@ def _dealt(lengths: np.ndarray, world: int) -> np.ndarray:
 
 
 def _exchange(
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[Row],
     texts: _Texts,
     holder: np.ndarray,
     rank: int,
     world: int,
     group: dist.ProcessGroup | None,
-) -> dict[int, Sequence[int]]:
+) -> dict[int, Row]:
     """Send each row to its holder; return the rows that arrived, by number among all texts."""
     own = np.flatnonzero(texts.reader == rank)
     leaving = np.argsort(holder[own], kind="stable")  # by holder, then by number
@@ -214,4 +215,4 @@ def _exchange(
         received, torch.from_numpy(sent), in_splits.tolist(), out_splits.tolist(), group=group
     )
     pieces = received.split(lengths[arriving].tolist())
-    return {int(i): piece.tolist() for i, piece in zip(arriving, pieces, strict=True)}
+    return {int(i): piece.numpy() for i, piece in zip(arriving, pieces, strict=True)}

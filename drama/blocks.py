@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import rotate_half
 
 from drama.attention import PackedLayout, varlen_attention
-from drama.data.batches import PackedBatch
+from drama.data.packing import PackedBatch
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel
 
 from drama.attention import ATTENTION_NAME
 from drama.blocks import Execution, run_blocks
-from drama.data.batches import PackedBatch, count_chunks, even_chunks, pack
+from drama.data.packing import PackedBatch, count_chunks, even_chunks, pack
 from drama.errors import UserError
 from drama.kernels.pool import PooledNorm, pool_last, pool_mean
 from drama.tokenizer import Kind, TextEncoder, load_tokenizer

@@ -25,6 +25,7 @@ B queries, N documents, X = B + N texts of this rank, M documents of all ranks, 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -34,7 +35,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from drama.balance import Share, share_out
-from drama.data.batches import PackedBatch, RankBatch, count_chunks, even_chunks, pack
+from drama.data.batches import RankBatch
+from drama.data.packing import PackedBatch, Row, count_chunks, even_chunks, pack
 from drama.distributed import host_group
 from drama.gather import Columns, all_gather
 from drama.loss import ContrastiveLoss
@@ -156,7 +158,7 @@ class GradCache:
         return loss(vectors_XD[: share.num_queries], columns, targets).loss
 
     @torch.no_grad()
-    def encode(self, rows: list[list[int]]) -> Tensor:
+    def encode(self, rows: Sequence[Row]) -> Tensor:
         """Unnormalised vectors of this rank's texts, [texts, D]; every rank calls it, also one that
         has none."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -24,9 +24,9 @@ from transformers import AutoModel
 
 from drama.attention import ATTENTION_NAME
 from drama.blocks import Execution
-from drama.data.batches import pack
 from drama.data.lines import is_url
 from drama.data.manifest import MANIFEST
+from drama.data.packing import pack
 from drama.data.stream import ShardSet
 from drama.encoder import Encoder, RetrieverSettings, read_config
 from drama.errors import UserError

@@ -80,7 +80,7 @@ class Telemetry:
         self, step: int, batch: RankBatch, output: StepOutput, seconds: float, waited: float
     ) -> dict[str, Any]:
         pooled = self.recipe.step.pooled_last_block and self.recipe.model.pooling == "last"
-        lengths = [len(row) for row in batch.rows]
+        lengths = batch.rows.lengths.tolist()
         flops = 3 * forward_flops(self.config, lengths, last_token_only=pooled)
         # a padded batch pads queries to the longest query and documents to the longest document
         split = batch.num_queries

@@ -92,7 +92,7 @@ class Validator:
             own = [i for i in batch if i % self.world == self.rank]
             if len(batch) < self.world:  # a rank would have no query
                 break
-            rows = self.batches.of_records([shards.read(i) for i in own], own, epoch=0)
+            rows = self.batches.of_records([shards.read(i) for i in own], own, np.zeros(len(own)))
             total += self.step.evaluate(rows) * len(batch)
             count += len(batch)
         if not count:

@@ -10,6 +10,7 @@ import torch
 
 from drama.balance import Share, share_out
 from drama.data.batches import RankBatch
+from drama.data.packing import TokenRows
 
 WORKER = Path(__file__).parent / "workers" / "share_ranks.py"
 
@@ -27,7 +28,7 @@ def read_by(rank: int) -> RankBatch:
     rows = [row(name) for name in names[:num_queries]] + [row(name) for name in names]
     owners = [generator.randrange(num_queries) for _ in range(num_documents - num_queries)]
     return RankBatch(
-        rows,
+        TokenRows.of(rows),
         num_queries,
         torch.tensor(names),
         num_cut=0,
@@ -56,7 +57,8 @@ def shares(
     if world == 1:
         return balance, [share_out(batches[0], balance=balance, group=None)]
     folder = tmp_path_factory.mktemp("ranks")
-    torch.save([vars(batch) for batch in batches], folder / "batches.pt")
+    stored = [vars(batch) | {"rows": batch.rows.tolist()} for batch in batches]
+    torch.save(stored, folder / "batches.pt")
     command = [sys.executable, str(WORKER), str(folder), str(world), str(int(balance))]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
@@ -120,7 +122,7 @@ def test_the_load_is_even(world: int, shares: tuple[bool, list[Share]]) -> None:
 
 
 def test_chunks_mix_queries_and_documents_by_length() -> None:
-    rows = [[1] * n for n in (9, 2, 5, 1, 7, 3)]
+    rows = TokenRows.of([[1] * n for n in (9, 2, 5, 1, 7, 3)])
     batch = RankBatch(
         *(rows, 2, torch.arange(4), 0, torch.arange(2), torch.tensor([0, 1]), torch.zeros(4)),
     )

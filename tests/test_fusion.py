@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from drama import fusion
-from drama.data.batches import pack
+from drama.data.packing import pack
 from drama.encoder import Encoder, RetrieverSettings
 from drama.testing import tiny_llama
 

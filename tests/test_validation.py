@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from drama.average import average_checkpoints
-from drama.data.batches import pack
+from drama.data.packing import pack
 from drama.data.sources import read_source
 from drama.data.writer import write_shards
 from drama.encoder import Encoder

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from drama.bench.rows import Rows
 from drama.blocks import Execution
-from drama.data.batches import PackedBatch, RankBatch
+from drama.data.batches import RankBatch
+from drama.data.packing import PackedBatch
 from drama.data.records import document_hash64
 from drama.data.sources import read_source
 from drama.encoder import Encoder
@@ -121,7 +124,7 @@ def read_pairs(
 def first_pairs(batch: RankBatch, count: int) -> RankBatch:
     """The first pairs of a batch."""
     split = batch.num_queries
-    rows = batch.rows[:count] + batch.rows[split : split + count]
+    rows = [*batch.rows[:count], *batch.rows[split : split + count]]
     return RankBatch.of_pairs(rows, batch.document_ids[:count])
 
 
@@ -183,12 +186,12 @@ def theirs(
     yield step
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+def _padded(rows: Sequence[np.ndarray], device: torch.device) -> dict[str, Tensor]:
     longest = max(map(len, rows))
-    ids_BL = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    ids_BL = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
     lengths_B1 = torch.tensor([len(row) for row in rows], device=device)[:, None]
     mask_BL = (torch.arange(longest, device=device) < lengths_B1).long()
-    return {"input_ids": ids_BL, "attention_mask": mask_BL}
+    return {"input_ids": ids_BL.to(device), "attention_mask": mask_BL}
 
 
 def measure(

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from drama.data.batches import RankBatch, RankBatches, count_chunks, even_chunks, pack
+from drama.data.batches import RankBatch, RankBatches
 from drama.data.order import LaneOrder
+from drama.data.packing import count_chunks, even_chunks, pack
 from drama.data.records import Document, Record, document_hash64
 from drama.data.stream import ShardSet
 from drama.data.writer import write_shards
@@ -174,7 +175,7 @@ def by_query(batches: list[RankBatch], tokenizer: Any) -> dict[str, str]:
 
 def same(a: RankBatch, b: RankBatch) -> bool:
     return (
-        a.rows == b.rows
+        a.rows.tolist() == b.rows.tolist()
         and a.num_queries == b.num_queries
         and torch.equal(a.document_ids, b.document_ids)
         and a.num_cut == b.num_cut
@@ -287,11 +288,11 @@ def test_cut_texts_are_counted_and_end_in_eos(make: Any, tokenizer: Any) -> None
     whole = make()[0]
     assert whole.num_cut == 0
     cut = make(max_query_tokens=8, max_document_tokens=16)[0]
-    queries, documents = whole.rows[:BATCH], whole.rows[BATCH:]
+    queries, documents = whole.rows.tolist()[:BATCH], whole.rows.tolist()[BATCH:]
     too_long = sum(len(r) > 8 for r in queries) + sum(len(r) > 16 for r in documents)
     assert cut.num_cut == too_long > BATCH
     eos = tokenizer.eos_token_id
-    for row, full in zip(cut.rows, whole.rows, strict=True):
+    for row, full in zip(cut.rows.tolist(), whole.rows.tolist(), strict=True):
         limit = 8 if full in queries else 16
         expected = full if len(full) <= limit else [*full[: limit - 1], eos]
         assert row == expected

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drama import fusion
-from drama.data.batches import pack
+from drama.data.packing import pack
 from drama.encoder import Encoder
 from drama.testing import tiny_llama
 

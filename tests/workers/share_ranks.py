@@ -13,12 +13,14 @@ import torch.multiprocessing as mp
 
 from drama.balance import share_out
 from drama.data.batches import RankBatch
+from drama.data.packing import TokenRows
 
 
 def work(rank: int, folder: Path, world: int, balance: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    batch = RankBatch(**torch.load(folder / "batches.pt")[rank])
+    values = torch.load(folder / "batches.pt")[rank]
+    batch = RankBatch(**values | {"rows": TokenRows.of(values["rows"])})
     share = share_out(batch, balance=balance, group=None)
     stored = {f.name: getattr(share, f.name) for f in fields(share) if f.init}
     torch.save(stored, folder / f"rank{rank}.pt")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from drama.blocks import Execution
 from drama.console import quiet_libraries
 from drama.data.batches import RankBatch
+from drama.data.packing import TokenRows
 from drama.distributed import Ranks
 from drama.encoder import Encoder, RetrieverSettings
 from drama.gradcache import GradCache
@@ -49,7 +50,7 @@ def main(folder: Path) -> None:
         share = task["ranks"][ranks.rank]
         count, documents = share["num_queries"], len(share["document_ids"])
         batch = RankBatch(
-            share["rows"],
+            TokenRows.of(share["rows"]),
             count,
             torch.tensor(share["document_ids"]),
             num_cut=0,
