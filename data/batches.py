@@ -24,6 +24,7 @@ from drama.errors import UserError
 from drama.tokenizer import TextEncoder, tokenizer_sha256
 
 T = TypeVar("T")
+READ_FAULTS = ("damaged shard", "not readable")
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,8 @@ class RankBatches(Dataset[RankBatch]):
             except UserError as error:
                 if self.on_bad == "stop":
                     raise
-                bad.append(BadRecord(index, error.reason, str(error)))
+                reason = error.reason if error.reason in READ_FAULTS else READ_FAULTS[-1]
+                bad.append(BadRecord(index, reason, str(error)))
         if not found:
             raise UserError(f"every record of a batch is bad, the last one: {bad[-1].message}")
         return found, kept, bad

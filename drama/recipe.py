@@ -83,7 +83,15 @@ class DataRecipe(_Strict):
     lanes: Positive = 64  # virtual ranks; the data order does not depend on the real ones
     block: Positive = 256  # records that stay together when the corpus is shuffled
     window: Positive = 1024  # records of a lane that are shuffled among each other
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}  # of sources in a mixture
+    batches: Literal["mixed", "one_source"] = "mixed"
+    language_alpha: Annotated[float, Field(ge=0, le=1)] | None = (
+        None  # below 1 lifts rare languages
+    )
+    on_bad: Literal["stop", "skip"] = "stop"  # a damaged record: end the run, or RUN/bad.jsonl
     workers: Annotated[int, Field(ge=0)] = 1  # processes a rank that read and tokenise ahead
+    cache: Path | None = None  # where pieces of remote shards lie; default ~/.cache/drama/shards
+    cache_gb: Annotated[float, Field(gt=0)] = 16.0
 
 
 class LossRecipe(_Strict):

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from rich.progress import Progress, TaskID
 
-from drama.data.batches import RankBatch
+from drama.data.batches import READ_FAULTS, Order, RankBatch
+from drama.data.mixture import Mixture
 from drama.distributed import Ranks
 from drama.gradcache import StepOutput
 from drama.metrics import MetricsFile, forward_flops, peak_memory_mib
@@ -25,10 +26,10 @@ class Telemetry:
     """
 
     def __init__(
-        self, recipe: Recipe, engine: Any, ranks: Ranks, *, peak: float, batches_per_epoch: int
+        self, recipe: Recipe, engine: Any, ranks: Ranks, *, peak: float, order: Order
     ) -> None:
         self.recipe, self.engine, self.ranks, self.peak = recipe, engine, ranks, peak
-        self.batches_per_epoch = batches_per_epoch
+        self.order = order
         self.config = engine.module.backbone.config
         self.widths = recipe.loss.matryoshka_dims or [engine.module.dim]
         self.file: MetricsFile | None = None
@@ -86,7 +87,10 @@ class Telemetry:
         split = batch.num_queries
         padded = sum(max(part) * len(part) for part in (lengths[:split], lengths[split:]))
         counts = torch.tensor(
-            [batch.num_tokens, split, len(lengths), batch.num_cut, flops, padded],
+            [
+                *(batch.num_tokens, split, len(lengths), batch.num_cut, flops, padded),
+                *(sum(bad.reason == reason for bad in batch.bad) for reason in READ_FAULTS),
+            ],
             dtype=torch.float64,
         )
         memory = torch.tensor(peak_memory_mib(self.ranks.device), dtype=torch.float64)
@@ -94,10 +98,15 @@ class Telemetry:
             counts, memory = counts.to(self.ranks.device), memory.to(self.ranks.device)
             dist.all_reduce(counts)
             dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        tokens, pairs, texts, cut, total_flops, slots = counts.tolist()
+        tokens, pairs, texts, cut, total_flops, slots, *bad = counts.tolist()
+        of_data: dict[str, Any] = {}
+        if isinstance(self.order, Mixture):
+            of_data["epochs"] = self.order.epochs(step + 1)
+        if any(bad):
+            of_data["bad"] = {r: int(n) for r, n in zip(READ_FAULTS, bad, strict=True) if n}
         return {
             "step": step,
-            "epoch": round((step + 1) / self.batches_per_epoch, 4),
+            "epoch": round((step + 1) / self.order.batches_per_epoch, 4),
             "loss": output.loss,
             "loss_by_prefix": {
                 str(d): x for d, x in zip(self.widths, output.loss_by_prefix, strict=True)
@@ -110,6 +119,7 @@ class Telemetry:
             "pairs": int(pairs),
             "texts": int(texts),
             "texts_cut": int(cut),
+            **of_data,
             "false_negatives_masked": output.num_masked,
             "chunks": output.num_chunks,
             "chunks_kept": output.num_kept,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -183,3 +184,17 @@ def loss_gradients(
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Norm of the difference over the norm of `want` (float64)."""
     return ((got.double() - want).norm() / want.norm()).item()
+
+
+def run_alone(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A launcher without a launcher: one process, one rank."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True, text=True, timeout=300, env=environment, check=False,
+    )  # fmt: skip
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

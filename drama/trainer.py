@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from drama import checkpoint, choices
 from drama.console import console, progress
 from drama.data.batches import RankBatch, RankBatches
-from drama.data.order import LaneOrder
+from drama.data.mixture import Mixture, training_order
+from drama.data.remote import PieceCache
 from drama.data.stream import ShardSet
 from drama.distill import ScoreDistillation
 from drama.distributed import Ranks
@@ -44,7 +45,8 @@ from drama.validation import Validator, better
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
     "train": {"save_every", "keep_last"},
-    "data": {"workers"},
+    # what the shards hold is compared by hash; a mixture may go on with other sources and weights
+    "data": {"workers", "on_bad", "cache", "cache_gb", "shards", "weights", "language_alpha"},
     "step": set(StepRecipe.model_fields),
     "eval": set(EvalRecipe.model_fields),
 }
@@ -85,7 +87,7 @@ class Trainer:
             self.engine,
             ranks,
             peak=self._sum(peak_flops(ranks.device, self.dtype)),
-            batches_per_epoch=self.batches.order.batches_per_epoch,
+            order=self.batches.order,
         )
 
     # -- building -----------------------------------------------------------------------------
@@ -151,11 +153,14 @@ class Trainer:
                 f"data.lanes {data.lanes} feeds at most {data.lanes} ranks, here are "
                 f"{self.ranks.world_size}; raise data.lanes"
             )
-        shards = ShardSet(data.shards)
-        order = LaneOrder(
-            shards.shard_sizes,
+        shards = ShardSet(data.shards, PieceCache(data.cache, int(data.cache_gb * 2**30)))
+        order = training_order(
+            shards,
             batch_size=train.batch_size,
             seed=self.recipe.seed,
+            weights=data.weights,
+            one_source=data.batches == "one_source",
+            language_alpha=data.language_alpha,
             lanes=data.lanes,
             block=data.block,
             window=data.window,
@@ -170,6 +175,7 @@ class Trainer:
             hard_negatives=data.hard_negatives,
             max_query_tokens=data.max_query_tokens,
             max_document_tokens=data.max_document_tokens,
+            on_bad=data.on_bad,
         )
 
     def _count_steps(self) -> int:
@@ -236,6 +242,7 @@ class Trainer:
                 if isinstance(batch, UserError):
                     raise batch
                 waited = time.perf_counter() - began
+                self._report_bad(step, batch)
                 rate = self.engine.get_lr()[0]
                 output_of_step = self.step_runner.step(batch)
                 if recipe.loss.learn_temperature:
@@ -256,7 +263,7 @@ class Trainer:
                         output / "checkpoints",
                         done,
                         inputs=inputs,
-                        extra=self._extra(),
+                        extra=self._extra(done),
                         keep_last=recipe.train.keep_last,
                         write_model=self._write_model,
                     )
@@ -268,10 +275,15 @@ class Trainer:
         first, extra = checkpoint.load(self.engine, folder, inputs)
         self.best = extra["best"]
         self.temperature.state = extra["temperature"]
+        if isinstance(self.batches.order, Mixture):
+            for note in self.batches.order.resume(extra["data"], first):
+                console.print(f"data: {note}", markup=False)
         return first
 
-    def _extra(self) -> dict[str, Any]:
-        return {"best": self.best, "temperature": self.temperature.state}
+    def _extra(self, done: int) -> dict[str, Any]:
+        order = self.batches.order
+        data = order.state(done) if isinstance(order, Mixture) else None
+        return {"best": self.best, "temperature": self.temperature.state, "data": data}
 
     def _evaluate(self, done: int) -> dict[str, float] | None:
         """Judge the model where the recipe says so; the best so far is written to RUN/best."""
@@ -290,7 +302,10 @@ class Trainer:
     def _inputs(self) -> dict[str, Any]:
         """Hashes of the backbone and the shards: a path may come to hold something else."""
         backbone = model_sha256(self.recipe.model.path)
-        found = {"backbone": backbone, "shards": self.batches.shards.sha256}
+        mixed = isinstance(self.batches.order, Mixture)
+        found: dict[str, Any] = {"backbone": backbone, "way to mix sources": mixed}
+        if not mixed:
+            found["shards"] = self.batches.shards.sha256
         if teacher := self.recipe.loss.teacher:
             found["teacher"] = hashlib.sha256((teacher / "manifest.json").read_bytes()).hexdigest()
         return found
@@ -309,6 +324,14 @@ class Trainer:
             )
         )
 
+    def _report_bad(self, step: int, batch: RankBatch) -> None:
+        """Append what a batch lacks to RUN/bad.jsonl; each rank writes whole lines."""
+        for bad in batch.bad:
+            line = json.dumps({"step": step, "record": bad.index, "reason": bad.reason,
+                               "error": bad.message}, ensure_ascii=False)  # fmt: skip
+            with (self.recipe.output / "bad.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
     def _write_model(self, folder: Path) -> None:
         weights = checkpoint.full_state_dict(self.engine, self.encoder.backbone)
         if self.ranks.is_main:
@@ -323,8 +346,12 @@ class Trainer:
             f"{recipe.name}: {shape}, {recipe.model.attention}, {recipe.model.pooling} pooling, "
             f"{recipe.train.precision}, ZeRO {self.engine.zero_optimization_stage()} on {ranks}\n"
             f"{len(self.batches.shards):,} records, {self.num_steps:,} steps of "
-            f"{recipe.train.batch_size:,} queries{resumed}"
+            f"{recipe.train.batch_size:,} queries{resumed}; {self._texts()}"
         )
+
+    def _texts(self) -> str:
+        why = self.batches.no_tokens
+        return f"tokenised while training, {why}" if why else "token ids of the shards"
 
     def _sum(self, value: float) -> float:
         if self.ranks.world_size == 1:

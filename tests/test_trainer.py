@@ -22,7 +22,7 @@ from drama.data.writer import write_shards
 from drama.distributed import free_port
 from drama.encoder import Encoder
 from drama.recipe import Recipe
-from drama.testing import run_deepspeed, tiny_llama
+from drama.testing import read_metrics, run_alone, run_deepspeed, tiny_llama
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "launchers" / "train.py"
@@ -30,22 +30,9 @@ PAIRS = ROOT / "data" / "demo" / "pairs.jsonl.xz"
 STEPS = 9
 
 
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def single(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The launcher without a launcher: one process, one rank."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, str(TRAIN), *arguments],
-        capture_output=True, text=True, timeout=300, env=environment, check=False,
-    )  # fmt: skip
-
-
 def test_the_run_folder_holds_what_was_promised(world):
     run = world / "whole"
-    lines = metrics(run)
+    lines = read_metrics(run)
     assert [line["step"] for line in lines] == list(range(STEPS))
     fields = ["loss", "lr", "grad_norm", "tokens", "mfu", "peak_mem_mib", "data_wait_s"]
     for line in lines:
@@ -83,7 +70,7 @@ def test_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(world
     )
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").is_file() and len(metrics(run)) >= 6:
+        if (run / "metrics.jsonl").is_file() and len(read_metrics(run)) >= 6:
             break
         time.sleep(0.02)
     assert process.poll() is None, "the run ended before it could be killed"
@@ -93,7 +80,8 @@ def test_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(world
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "resumed at step 4" in done.stdout + done.stderr
     losses = [
-        [line["loss_by_prefix"] for line in metrics(folder)] for folder in (run, world / "whole")
+        [line["loss_by_prefix"] for line in read_metrics(folder)]
+        for folder in (run, world / "whole")
     ]
     assert losses[0] == losses[1]
     weights = [load_file(r / "model" / "model.safetensors") for r in (run, world / "whole")]
@@ -111,14 +99,14 @@ def test_a_finished_run_goes_on_from_its_checkpoint_alone(world, deepspeed):
     ]  # fmt: skip
     unbroken, cut = world / f"unbroken-{deepspeed}", world / f"cut-{deepspeed}"
     for run, steps in ((unbroken, 4), (cut, 2)):
-        done = single(*options, "--set", f"output={run}", "--set", f"train.steps={steps}")
+        done = run_alone(TRAIN, *options, "--set", f"output={run}", "--set", f"train.steps={steps}")
         assert done.returncode == 0, done.stderr[-3000:]
-    done = single(*options, "--set", f"output={cut}", "--set", "train.steps=4")
+    done = run_alone(TRAIN, *options, "--set", f"output={cut}", "--set", "train.steps=4")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step 2" in done.stderr
-    assert [x["loss"] for x in metrics(cut)] == [x["loss"] for x in metrics(unbroken)]
-    norms = [x["grad_norm"] for x in metrics(unbroken)]
-    np.testing.assert_allclose(norms[0], metrics(world / "whole")[0]["grad_norm"], rtol=0.03)
+    assert [x["loss"] for x in read_metrics(cut)] == [x["loss"] for x in read_metrics(unbroken)]
+    norms = [x["grad_norm"] for x in read_metrics(unbroken)]
+    np.testing.assert_allclose(norms[0], read_metrics(world / "whole")[0]["grad_norm"], rtol=0.03)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(world, tmp_path):
@@ -134,7 +122,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(world, tmp_path):
     torch.save({"module": _Evil(tmp_path / "evil")}, evil)
     state["files"]["zero/mp_rank_00_model_states.pt"] = evil.stat().st_size
     state_path.write_text(json.dumps(state))
-    done = single("--recipe", str(recipe))
+    done = run_alone(TRAIN, "--recipe", str(recipe))
     refused(done, "mp_rank_00_model_states.pt", "damaged or not a checkpoint")
     assert not (tmp_path / "evil").exists()
 
@@ -156,12 +144,12 @@ def test_other_inputs_under_the_same_paths_are_refused(world, tmp_path):
         "--set", f"model.path={tmp_path / 'backbone'}", "--set", "train.steps=2",
         "--set", f"data.shards=[{tmp_path / 'shards'}]", "--set", "train.deepspeed=zero1",
     ]  # fmt: skip
-    assert single(*options).returncode == 0
+    assert run_alone(TRAIN, *options).returncode == 0
     tiny_llama(tmp_path / "backbone", seed=1)
-    refused(single(*options), "another backbone", "another output")
+    refused(run_alone(TRAIN, *options), "another backbone", "another output")
     shutil.copytree(world / "backbone", tmp_path / "backbone", dirs_exist_ok=True)
     write_shards(islice(read_source(PAIRS), 1, 161), tmp_path / "shards")
-    refused(single(*options), "another shards", "another output")
+    refused(run_alone(TRAIN, *options), "another shards", "another output")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -169,7 +157,7 @@ def test_a_damaged_record_is_one_line_also_from_a_worker(world, tmp_path, worker
     shutil.copytree(world / "shards", tmp_path / "shards")
     tar = tmp_path / "shards" / "train-000000.tar"
     tar.write_bytes(tar.read_bytes().replace(b'{"query":', b'{"quer":x'))  # same size
-    done = single(
+    done = run_alone(TRAIN, 
         "--recipe", str(world / "recipe.yaml"), "--set", f"output={tmp_path / 'run'}",
         "--set", f"data.shards=[{tmp_path / 'shards'}]", "--set", f"data.workers={workers}",
     )  # fmt: skip
@@ -177,18 +165,18 @@ def test_a_damaged_record_is_one_line_also_from_a_worker(world, tmp_path, worker
 
 
 def test_another_number_of_ranks_is_named(world):
-    done = single("--recipe", str(world / "recipe.yaml"))
+    done = run_alone(TRAIN, "--recipe", str(world / "recipe.yaml"))
     refused(done, "saved by 2 ranks", "--num_gpus 2")
 
 
 def test_one_process_gives_the_same_model_as_two_ranks(world):
     run = world / "single"
-    done = single(
+    done = run_alone(TRAIN, 
         "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}",
         "--set", "train.deepspeed=zero1", "--set", "data.workers=0",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    ours, whole = ([line["loss"] for line in metrics(r)] for r in (run, world / "whole"))
+    ours, whole = ([line["loss"] for line in read_metrics(r)] for r in (run, world / "whole"))
     np.testing.assert_allclose(ours, whole, rtol=1e-4)
     np.testing.assert_allclose(ours[0], whole[0], rtol=1e-6)
     texts = ["What is diabetes?", "An answer."]
@@ -200,7 +188,7 @@ def test_one_process_gives_the_same_model_as_two_ranks(world):
 
 def test_bfloat16_exports_the_float32_master_weights(world):
     run = world / "half"
-    done = single(
+    done = run_alone(TRAIN, 
         "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}",
         "--set", "train.precision=bf16", "--set", "train.steps=3", "--set", "train.deepspeed=zero2",
     )  # fmt: skip
@@ -208,7 +196,7 @@ def test_bfloat16_exports_the_float32_master_weights(world):
     weight = load_file(run / "model" / "model.safetensors")["layers.0.mlp.up_proj.weight"]
     assert weight.dtype == torch.float32
     assert not torch.equal(weight, weight.bfloat16().float())
-    half, whole = (metrics(r)[0]["loss"] for r in (run, world / "whole"))
+    half, whole = (read_metrics(r)[0]["loss"] for r in (run, world / "whole"))
     assert abs(half - whole) < 0.02 * whole
 
 
@@ -224,9 +212,9 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 def test_a_run_folder_of_another_recipe_is_refused_and_kept(world):
     before = (world / "whole" / "metrics.jsonl").read_bytes()
-    done = single("--recipe", str(world / "recipe.yaml"), "--set", "train.lr=1.0")
+    done = run_alone(TRAIN, "--recipe", str(world / "recipe.yaml"), "--set", "train.lr=1.0")
     refused(done, "train.lr = 0.003", "1.0", "another output")
-    longer = single("--recipe", str(world / "recipe.yaml"), "--set", "train.steps=90")
+    longer = run_alone(TRAIN, "--recipe", str(world / "recipe.yaml"), "--set", "train.steps=90")
     refused(longer, "train.steps = 9", "90")  # a cosine has an end
     assert (world / "whole" / "metrics.jsonl").read_bytes() == before
 
@@ -234,13 +222,15 @@ def test_a_run_folder_of_another_recipe_is_refused_and_kept(world):
 def test_bad_input_ends_before_anything_is_written(world, tmp_path):
     output = tmp_path / "run"
     recipe = ["--recipe", str(world / "recipe.yaml"), "--set", f"output={output}"]
-    refused(single("--recipe", str(tmp_path / "none.yaml")), "none.yaml", "does not exist")
-    refused(single(*recipe, "--set", "train.bach_size=1"), "bach_size", "batch_size")
-    refused(single(*recipe, "--set", f"data.shards=[{tmp_path}]"), "manifest.json")
-    refused(single(*recipe, "--set", "loss.matryoshka_dims=[32,48]"), "48", "width 64")
-    refused(single(*recipe, "--set", "train.batch_size=800"), "160 records", "800")
+    refused(
+        run_alone(TRAIN, "--recipe", str(tmp_path / "none.yaml")), "none.yaml", "does not exist"
+    )
+    refused(run_alone(TRAIN, *recipe, "--set", "train.bach_size=1"), "bach_size", "batch_size")
+    refused(run_alone(TRAIN, *recipe, "--set", f"data.shards=[{tmp_path}]"), "manifest.json")
+    refused(run_alone(TRAIN, *recipe, "--set", "loss.matryoshka_dims=[32,48]"), "48", "width 64")
+    refused(run_alone(TRAIN, *recipe, "--set", "train.batch_size=800"), "160 records", "800")
     half = ["--set", "train.precision=bf16", "--set", "train.deepspeed=zero0"]
-    refused(single(*recipe, *half), "stage 0 in bf16", "zero1")
+    refused(run_alone(TRAIN, *recipe, *half), "stage 0 in bf16", "zero1")
     assert not output.exists()
 
 
