@@ -91,6 +91,15 @@ def main(
                 console.print(f"{way}, at {share:.0%}: {bench.mean_and_spread(values)} s")
         rows.write(out)
 
+        for way in ways:
+            found = bench.alone("spread", way=way, folder=whole)
+            about, at_random = (
+                "of runs of 200 records in a batch",
+                {"at random": found["at random"]},
+            )
+            rows.add(way, "shuffle", "runs", about, [found["runs"]], at_random)
+            console.print(f"{way}: {found['runs']:.0f} runs, at random {found['at random']:.0f}")
+
         with tempfile.TemporaryDirectory() as kills:
             for way in ways:
                 for metric, value in bench.killed(way, folder / "small", Path(kills)).items():

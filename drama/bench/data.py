@@ -36,6 +36,7 @@ from drama.tokenizer import TextEncoder, load_tokenizer
 BATCH, LANES, SHUFFLE = 2048, 64, 1024
 KILL_BATCH, KILL_LANES = 48, 12  # divisible by two and by three ranks
 STATE_EVERY = 20  # steps
+NEIGHBOURS = 200
 KINDS = ("text", "tokens")
 WAYS = ("ours", "webdataset", "mosaicml-streaming", "datasets")
 PROTOCOL_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -144,7 +145,10 @@ def read_webdataset(folder: Path, kind: str, first: int = 0) -> Reader:
     urls = sorted(map(str, (folder / f"ours-{kind}").glob("*.tar")))
     dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(SHUFFLE).decode()
     for sample in islice(dataset, first, None):
-        yield "", sample["json"] if kind == "text" else _parse(kind, sample["tok"])
+        if kind == "text":
+            yield sample["json"]["query_id"], sample["json"]
+        else:
+            yield "", _parse(kind, sample["tok"])
 
 
 def read_mosaic(folder: Path, kind: str, first: int = 0) -> Reader:
@@ -227,6 +231,18 @@ def resume(way: str, kind: str, folder: Path, share: float) -> dict[str, float]:
     began = time.perf_counter()
     next(READERS[way](folder, kind, first))
     return {"seconds": time.perf_counter() - began}
+
+
+def spread(way: str, folder: Path) -> dict[str, float]:
+    """How well a batch is mixed: of the runs of 200 neighbouring records, how many of them are in
+    a batch of 2,048, beside a draw at random; the mean of 8 batches."""
+    reader = READERS[way](folder, "text")
+    counts = [
+        len({int(query_id) // NEIGHBOURS for query_id, _ in islice(reader, BATCH)})
+        for _ in range(8)
+    ]
+    runs = len(ShardSet([folder / "ours-text"])) / NEIGHBOURS
+    return {"runs": float(np.mean(counts)), "at random": runs * (1 - (1 - 1 / runs) ** BATCH)}
 
 
 def _import(way: str) -> None:
@@ -344,7 +360,7 @@ def _start_ranks(
 # -- processes ------------------------------------------------------------------------------------
 
 TASKS: dict[str, Callable[..., Any]] = {
-    "speed": speed, "batches": batches, "resume": resume, "run_rank": run_rank,
+    "speed": speed, "batches": batches, "resume": resume, "spread": spread, "run_rank": run_rank,
 }  # fmt: skip
 
 
