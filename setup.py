@@ -26,6 +26,9 @@ setup(
         "transformers>=5.2,<6",
         "deepspeed>=0.19.2",
         "datasets",
+        "pyarrow",
+        "fsspec",
+        "aiohttp",
         "webdataset>=1.0",
         "faiss-cpu",
         "bm25s",
@@ -43,6 +46,7 @@ setup(
     ],
     extras_require={
         "cuda": ["flash-attn", "liger-kernel"],
+        "remote": ["s3fs", "gcsfs"],
         "demo": ["gguf>=0.10", "accelerate", "sentence-transformers>=5.3"],
         "dev": [
             "gguf>=0.10",
@@ -50,6 +54,8 @@ setup(
             "sentence-transformers>=5.3",
             "pytest>=8",
             "hypothesis",
+            "s3fs",
+            "moto[server]",
             "triton>=3.6; platform_system == 'Linux'",
             "liger-kernel; platform_system == 'Linux'",
             "ruff==0.17.6",
