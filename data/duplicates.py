@@ -20,6 +20,7 @@ from drama.data.records import query_hash64
 SHINGLE, BANDS, ROWS = 5, 4, 4
 THRESHOLD = 0.8
 SHOWN = 5
+FINGERPRINTED_CHARS = 2**16  # of a longer query the beginning: 128 bytes a character are needed
 
 FINGERPRINT = np.dtype(
     [("exact", "<i8"), ("bands", "<u8", (BANDS,)), ("shard", "<u4"), ("row", "<u4")]
@@ -44,7 +45,8 @@ def _folded(query: str) -> str:
 
 def fingerprint(query: str) -> bytes:
     """The query's entry for `count_duplicates`, its place not yet filled in."""
-    codes = np.frombuffer(_folded(query).encode("utf-32-le"), "<u4").astype(np.uint64)
+    text = _folded(query)[:FINGERPRINTED_CHARS]
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.uint64)
     if len(codes) < SHINGLE:
         codes = np.pad(codes, (0, SHINGLE - len(codes)))
     windows = np.lib.stride_tricks.sliding_window_view(codes, SHINGLE)

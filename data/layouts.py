@@ -58,10 +58,14 @@ def _own(row: Row) -> Row:
 def _tevatron(row: Row) -> Row:
     return {
         "query": _required(row, "query"),
-        "query_id": str(row.get("query_id", "")),
+        "query_id": _id(row, "query_id"),
         "positives": [_passage(doc) for doc in _list(row, "positive_passages")],
         "negatives": [_passage(doc) for doc in _list(row, "negative_passages")],
     }
+
+
+def _id(row: Row, key: str) -> str:
+    return "" if row.get(key) is None else str(row[key])
 
 
 def _passage(passage: Any) -> Any:
@@ -121,7 +125,7 @@ def _inline(row: Row) -> Row:
     positive = _required(row, "pos_doc")
     return {
         "query": _required(row, "query"),
-        "query_id": str(row.get("query_id", "")),
+        "query_id": _id(row, "query_id"),
         "positives": [
             _passage(doc) for doc in (positive if isinstance(positive, list) else [positive])
         ],

@@ -16,15 +16,18 @@ import mmap
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,7 @@ from drama.data.writer import (
     FolderWriter,
     check_name,
     check_target,
+    cut_back,
     shard_number,
     write_manifest,
 )
@@ -98,7 +102,7 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _LeftOut:
-    """A row that was not written: `set NAME` for contamination, else why it is bad."""
+    """A row that was not written: `in NAME` for contamination, else why it is bad."""
 
     reason: str
     where: str
@@ -130,16 +134,15 @@ def shard_sources(
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
-        job = _Job(partial, work)
         try:
-            with progress() as bar:
-                job.run(bar, workers)
+            with closing(_Job(partial, work)) as job:
+                with progress() as bar:
+                    job.run(bar, workers)
+                outcome = job.finish()
         except BaseException:
-            job.abandon()
             if not (partial / JOURNAL).exists():  # nothing to go on from
                 shutil.rmtree(partial)
             raise
-        outcome = job.finish()
         _take_place(partial, out)
     return outcome
 
@@ -167,9 +170,9 @@ class _Work:
     def of(cls, sources: Sequence[Source], options: ShardingOptions) -> _Work:
         return cls(sources, options, EvaluationSets(options.decontaminate))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Changes with whatever the bytes depend on."""
+        """Changes with whatever the bytes depend on; as the sources were when the job began."""
         options = asdict(self.options)
         del options["skip_bad"]  # a job that a bad row has stopped may go on and skip it
         parts: list[Any] = [FORMAT, options, self.tokens and asdict(self.tokens)]
@@ -222,6 +225,7 @@ class _Job:
     def __init__(self, folder: Path, work: _Work) -> None:
         self.folder, self.work = folder, work
         self.left_out: Counter[str] = Counter()
+        self.skipped = 0  # of those left out, the bad rows
         self.source = self.row = self.rows_in_all = 0  # the next row to be read
         self.share_read: float | None = None
         options = work.options
@@ -256,21 +260,32 @@ class _Job:
         bar.update(task, completed=1000)
 
     def finish(self) -> Outcome:
-        """Close the shards, look for queries that come twice, write the manifest."""
+        """Close the shards, look for queries that come twice, write the manifest.
+
+        The search is long for a large corpus: a job that is killed in it goes on with its end.
+
+        Raises:
+            UserError: not one record was written.
+        """
+        if self.writer.num_records:
+            self._note()
         weights = {s.name: s.weight for s in self.work.sources if s.weight is not None}
         manifest = self.writer.finish(weights=weights, left_out=dict(sorted(self.left_out.items())))
-        self.abandon()
+        self.close()
         duplicates = count_duplicates(self.folder / QUERIES, _Queries(self.folder, manifest))
         counts = {"exact": duplicates.exact, "near": duplicates.near}
         manifest = dataclasses.replace(manifest, duplicate_queries=counts)
-        for name in (QUERIES, JOURNAL):
-            (self.folder / name).unlink(missing_ok=True)
-        if not (self.folder / BAD).stat().st_size:
-            (self.folder / BAD).unlink()
+        kept = {LOCK} | ({BAD} if self.left_out else set())
+        for shard in manifest.shards:
+            kept |= {shard.file, shard.idx_file}
+        for path in self.folder.iterdir():  # the journal, and what a kill has left half written
+            if path.name not in kept:
+                path.unlink()
         write_manifest(self.folder, manifest)
         return Outcome(manifest, duplicates, self.left_out)
 
-    def abandon(self) -> None:
+    def close(self) -> None:
+        """Close the files; what was written stays for another job to go on from."""
         for file in (self.bad, self.queries):
             file.close()
         self.writer.abandon()
@@ -278,6 +293,7 @@ class _Job:
     def _take(self, result: _Written | _LeftOut) -> None:
         if isinstance(result, _LeftOut):
             self.left_out[result.reason] += 1
+            self.skipped += bool(result.error)
             line = {"where": result.where, "reason": result.reason, "error": result.error}
             self.bad.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         else:
@@ -340,6 +356,7 @@ class _Job:
             "row": self.row,
             "rows_in_all": self.rows_in_all,
             "left_out": self.left_out,
+            "skipped": self.skipped,
             "bad_bytes": self.bad.tell(),
             "queries_bytes": self.queries.tell(),
             "writer": self.writer.position(),
@@ -354,15 +371,17 @@ class _Job:
             state = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
             if state["fingerprint"] != self.work.fingerprint:
                 return False
+            if state["skipped"] and not self.work.options.skip_bad:
+                return False
             for name in (BAD, QUERIES):
-                os.truncate(self.folder / name, state[f"{name.split('.')[0]}_bytes"])
+                cut_back(self.folder / name, state[f"{name.split('.')[0]}_bytes"])
             self.writer.resume(state["writer"])
         except (OSError, ValueError, KeyError, TypeError):
             self.writer.abandon()
             return False
         self.source, self.row = state["source"], state["row"]
         self.rows_in_all = state["rows_in_all"]
-        self.left_out = Counter(state["left_out"])
+        self.left_out, self.skipped = Counter(state["left_out"]), state["skipped"]
         return True
 
 
@@ -395,6 +414,16 @@ _work: _Work | None = None  # of a worker process
 def _start_worker(work: _Work) -> None:
     global _work
     _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A job that was killed leaves workers that wait for ever; let them end with it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _in_worker(chunk: _Chunk) -> list[_Written | _LeftOut]:
@@ -426,7 +455,8 @@ def _stamp(path: str) -> list[Any]:
 def _locked(folder: Path) -> Iterator[None]:
     with (folder / LOCK).open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # not flock, whose lock forked workers hold on to when the job was killed
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{folder}: another job is writing there; wait for its end") from None
         yield

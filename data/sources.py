@@ -78,15 +78,16 @@ class Source:
 class Rows:
     """The rows of a source, unparsed where that is left to workers.
 
-    `layout` is known once the first row was read. Iterating yields ("FILE:LINE", row).
+    `layout` is known once the first sound row was read. Iterating yields ("FILE:LINE", row).
 
     Raises:
-        UserError: no rows, an unknown layout, or a file that breaks off.
+        UserError: no rows, not one of a known layout, or a file that breaks off.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.layout = ""
+        self._fault = ""
         self._raw: IO[bytes] | None = None
         self._bytes = 0
 
@@ -100,11 +101,11 @@ class Rows:
             if not self.layout:
                 try:
                     self.layout = layout_of(row if isinstance(row, dict) else parse_object(row))
-                except UserError as error:
-                    raise UserError(f"{where}: {error}") from None
+                except UserError as error:  # to_record says it again, unless bad rows are skipped
+                    self._fault = self._fault or f"{where}: {error}"
             yield where, row
         if not self.layout:
-            raise UserError(f"{self.source.path} holds no records")
+            raise UserError(self._fault or f"{self.source.path} holds no records")
 
     def _rows(self) -> Iterator[tuple[str, Raw]]:
         path = Path(self.source.path)
@@ -122,7 +123,10 @@ class Rows:
         self._raw.seek(0)
         if start == PARQUET_MAGIC:
             return _parquet_rows(path, self._raw)
-        first = open_bytes(path).read(4096) if start else b""
+        try:
+            first = open_bytes(path).read(4096) if start else b""
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            raise UserError(f"{path}: the compressed file is cut or damaged: {error}") from None
         if first.lstrip()[:1] == b"[":
             return _array_rows(path, open_bytes(path, self._raw))
         return ((f"{path}:{n}", line) for n, line in read_raw_lines(path, self._raw))
@@ -135,7 +139,7 @@ def to_record(layout: str, row: Raw, source: Source) -> Record:
         UserError: what is wrong with the row; the caller knows where it stands.
     """
     value = row if isinstance(row, dict) else parse_object(row)
-    record = Record.from_json(convert(layout, value))
+    record = Record.from_json(convert(layout or layout_of(value), value))
     name = source.name if source.named else record.source or source.name
     return record if record.source == name else dataclasses.replace(record, source=name)
 

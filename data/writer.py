@@ -132,15 +132,10 @@ class _OpenShard:
         checksums = np.frombuffer(content, "<u4", total, 8 * (total + 1))[:count]
         shard.offsets, shard.checksums = array("Q", offsets), array("I", checksums)
         shard.sha256 = hashlib.sha256()
+        cut_back(shard.path, shard.size)
         shard.file = shard.path.open("r+b")
-        shard.file.truncate(shard.size)
-        left = shard.size
-        while left:
-            part = shard.file.read(min(left, READ_BYTES))
-            if not part:
-                raise OSError(f"{shard.path} is shorter than {shard.size} bytes")
+        while part := shard.file.read(READ_BYTES):
             shard.sha256.update(part)
-            left -= len(part)
         return shard
 
 
@@ -197,8 +192,6 @@ class FolderWriter:
             raise UserError("no records to write")
         self.closed += [shard.close() for shard in self.open.values()]
         self.open.clear()
-        for path in self.folder.glob("*.idx.open"):
-            path.unlink()
         return Manifest(
             name=self.name,
             shards=tuple(sorted(self.closed, key=lambda shard: shard_number(shard.file))),
@@ -299,6 +292,17 @@ def write_shards(
         total, note = manifest.num_records, f"{len(manifest.shards)} shards"
         bar.update(task, completed=total, total=total, note=note)
     return manifest
+
+
+def cut_back(path: Path, size: int) -> None:
+    """Cut a file to what it held at some moment.
+
+    Raises:
+        OSError: it holds less (truncating would fill it with zeros).
+    """
+    if path.stat().st_size < size:
+        raise OSError(f"{path} has fewer than {size} bytes")
+    os.truncate(path, size)
 
 
 def _sync(file: IO[bytes]) -> None:

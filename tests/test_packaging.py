@@ -189,7 +189,7 @@ main(["shard", str(ROOT / "data" / "demo" / "pairs.jsonl.xz"), "--out", "shards"
 """,
     )
     assert out == ""
-    assert json.loads((tmp_path / "shards" / "manifest.json").read_text())["sources"]
+    assert json.loads((tmp_path / "shards" / "manifest.json").read_text())["shards"]
     launcher = installed / "drama" / "launchers" / "train.py"
     shown = run(
         sys.executable, "-P", str(launcher), "--help", cwd=tmp_path, PYTHONPATH=str(installed)
