@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,13 +60,16 @@ def save(
     inputs: dict[str, Any],
     extra: dict[str, Any],
     keep_last: int,
+    flat_until: int,
     write_model: Callable[[Path], None],
 ) -> None:
     """Write `folder/step-N`; every rank must call it.
 
     `inputs` says what the run reads (hashes), for `load` to compare; `extra` is kept as it is,
     plain values. `write_model(path)` is called on every rank and writes the retriever on rank 0.
-    Older checkpoints beyond `keep_last` are removed after the new one is whole.
+    After the new one is whole others are removed: those of later steps, which a run that went on
+    from an earlier one has left behind, and those beyond the last `keep_last`, but for the newest
+    one up to step `flat_until`, from where the run can be prolonged.
     """
     target, temporary = folder / f"step-{step}", folder / f".step-{step}.partial"
     if engine.global_rank == 0:
@@ -85,32 +89,56 @@ def save(
             "files": {str(p.relative_to(temporary)): p.stat().st_size for p in files},
         }
         (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-        for path in (*files, temporary / STATE):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in (*files, temporary / STATE, *{p.parent for p in files}, temporary):
+            _sync(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
-        for old in whole_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
+        _sync(folder)
+        whole = whole_checkpoints(folder)
+        past = [path for path in whole if _step_of(path) <= step]
+        flat = [path for path in past if _step_of(path) <= flat_until]
+        for path in set(whole) - {*past[-keep_last:], *flat[-1:]}:
+            shutil.rmtree(path)
     _barrier()
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that are complete by their own file list, oldest first."""
-    found = [path for path in folder.glob("step-*") if (path / STATE).is_file()]
-    return sorted(
-        (path for path in found if not faults(path)), key=lambda p: int(p.name.split("-")[1])
-    )
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted((path for path in found if not faults(path)), key=_step_of)
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """Files of a checkpoint that are missing or have another size than its list says."""
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    """Files of a checkpoint that are missing or have another size than its list says; the list
+    itself where it cannot be read."""
+    try:
+        sizes = read_state(checkpoint)["files"].items()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return [STATE]
     return [
         name
-        for name, size in state["files"].items()
+        for name, size in sizes
         if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size
     ]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What state.json says."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before what relies on them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _load_tensors_only(path: str, map_location: Any = None) -> Any:
@@ -131,7 +159,7 @@ def load(engine: Any, checkpoint: Path, inputs: dict[str, Any]) -> tuple[int, di
         UserError: saved by another number of ranks or from other inputs, or a file that holds more
             than tensors and plain values.
     """
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    state = read_state(checkpoint)
     if state["world_size"] != engine.world_size:
         raise UserError(
             f"{checkpoint} was saved by {state['world_size']} ranks, this run has "

@@ -4,12 +4,42 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from drama.recipe import TrainRecipe
+
+
+class Pace(NamedTuple):
+    """Where the learning rate turns, in steps; part of every checkpoint.
+
+    flat_until: up to this step the rate does not depend on `num_steps`, so a run can be prolonged
+    from there; 0 where the schedule looks at the end all the way.
+    """
+
+    num_steps: int
+    warmup: int
+    flat_until: int
+
+    @classmethod
+    def of(cls, train: TrainRecipe, num_steps: int, warmup: int | None = None) -> Pace:
+        """The recipe's for `num_steps`. warmup: of the run that goes on; a prolonged one would
+        otherwise be back in a longer warm-up."""
+        if warmup is None:
+            warmup = round(train.warmup_ratio * num_steps)
+        flat_until = 0
+        if train.schedule == "constant":
+            flat_until = num_steps
+        elif train.schedule == "wsd":
+            flat_until = max(warmup, num_steps - round(train.decay_ratio * num_steps))
+        return cls(num_steps, warmup, flat_until)
+
+    def follows(self, earlier: Pace, step: int) -> bool:
+        """Whether a run that came to `step` at the earlier pace may go on at this one: the rates up
+        to there are the same."""
+        return self == earlier or step <= min(self.flat_until, earlier.flat_until)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -47,29 +77,27 @@ def adamw(
 
 
 def schedule(
-    optimizer: torch.optim.Optimizer, train: TrainRecipe, num_steps: int
+    optimizer: torch.optim.Optimizer, train: TrainRecipe, pace: Pace
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The recipe's learning rates for `num_steps` steps."""
-    factor = functools.partial(learning_rate_factor, train=train, num_steps=num_steps)
+    """The recipe's learning rates at this pace."""
+    factor = functools.partial(learning_rate_factor, train=train, pace=pace)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def learning_rate_factor(step: int, *, train: TrainRecipe, num_steps: int) -> float:
-    """Share of the peak rate at a step: linear warm-up, then the recipe's schedule.
+def learning_rate_factor(step: int, *, train: TrainRecipe, pace: Pace) -> float:
+    """Share of the peak rate at a step (from 0): linear warm-up, then the recipe's schedule, which
+    is at `min_lr_ratio` after the last step.
 
     wsd (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395): the peak rate up to the last
     `decay_ratio` of the steps, then down along 1 - sqrt(progress) (Haegele et al. 2024, arXiv
     2405.18392).
     """
-    warmup = round(train.warmup_ratio * num_steps)
-    if step < warmup:
-        return (step + 1) / warmup
+    if step < pace.warmup:
+        return (step + 1) / pace.warmup
     if train.schedule == "constant":
         return 1.0
-    first = warmup
-    if train.schedule == "wsd":
-        first = max(warmup, num_steps - round(train.decay_ratio * num_steps))
-    done = min(1.0, max(0, step - first) / max(1, num_steps - first))
+    first = max(pace.warmup, pace.flat_until)
+    done = min(1.0, max(0, step - first) / max(1, pace.num_steps - first))
     if train.schedule == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * done))
     else:

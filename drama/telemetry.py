@@ -54,12 +54,14 @@ class Telemetry:
         *,
         seconds: float,
         waited: float,
+        lr: float,
         temperature: float,
         evaluation: dict[str, float] | None,
     ) -> None:
-        """One step; counts are of the global batch, memory of the fullest rank."""
+        """One step; counts are of the global batch, memory of the fullest rank. lr: the rate that
+        the step was taken with; the engine's own is already the next one."""
         line = self._line(step, batch, output, seconds, waited)
-        line["temperature"] = temperature
+        line["lr"], line["temperature"] = lr, temperature
         if evaluation is not None:
             line["evaluation"] = evaluation
         if self.file is None:
@@ -112,7 +114,6 @@ class Telemetry:
                 str(d): x for d, x in zip(self.widths, output.loss_by_prefix, strict=True)
             },
             "loss_terms": output.terms,
-            "lr": self.engine.get_lr()[0],
             "grad_norm": output.grad_norm,
             "tokens": int(tokens),
             "padding_avoided": 1 - tokens / slots,

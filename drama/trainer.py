@@ -35,7 +35,7 @@ from drama.gradcache import GradCache
 from drama.hf import model_sha256
 from drama.loss import ContrastiveLoss
 from drama.metrics import matmul_rate, peak_flops
-from drama.optimizer import adamw, schedule
+from drama.optimizer import Pace, adamw, schedule
 from drama.recipe import EvalRecipe, Recipe, StepRecipe
 from drama.teacher import TeacherVectors
 from drama.telemetry import Telemetry
@@ -44,7 +44,7 @@ from drama.validation import Validator, better
 
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
-    "train": {"save_every", "keep_last"},
+    "train": {"save_every", "keep_last", "token_budget"},
     # what the shards hold is compared by hash; a mixture may go on with other sources and weights
     "data": {"workers", "on_bad", "cache", "cache_gb", "shards", "weights", "language_alpha"},
     "step": set(StepRecipe.model_fields),
@@ -69,9 +69,10 @@ class Trainer:
         self.chosen = choices.prepare(self.encoder, recipe, ranks.device)
         self.batches = self._open_data()
         self.num_steps = self._count_steps()
+        self.start, self.pace = self._choose_start()
         self.engine = self._start_engine()
         self.temperature = LearnedTemperature(recipe.loss.temperature)
-        self.best: dict[str, float] | None = None
+        self.best: dict[str, Any] | None = None
         self.step_runner = GradCache(
             self.engine,
             self._loss(),
@@ -185,6 +186,35 @@ class Trainer:
         assert train.epochs is not None
         return max(1, math.ceil(train.epochs * self.batches.order.batches_per_epoch))
 
+    def _choose_start(self) -> tuple[Path | None, Pace]:
+        """The newest whole checkpoint from which the recipe's learning rates go on, and the pace.
+
+        A run that was prolonged leaves its decay out: it goes on from the flat part.
+
+        Raises:
+            UserError: there are checkpoints, but none to go on from.
+        """
+        output, train = self.recipe.output, self.recipe.train
+        found = checkpoint.whole_checkpoints(output / "checkpoints")
+        for path in reversed(found):
+            state = checkpoint.read_state(path)
+            earlier = Pace(*state["extra"]["pace"])
+            pace = Pace.of(train, self.num_steps, earlier.warmup)
+            if pace.follows(earlier, state["step"]):
+                if path != found[-1]:
+                    console.print(
+                        f"going on from {path.name}, the newest checkpoint before the learning "
+                        f"rates of {earlier.num_steps} and of {self.num_steps} steps part"
+                    )
+                return path, pace
+        if found:
+            raise UserError(
+                f"{output} was a run of {earlier.num_steps} steps, and all its checkpoints lie "
+                f"where the learning rates of {self.num_steps} steps are others; give "
+                f"{earlier.num_steps} steps again, or another output"
+            )
+        return None, Pace.of(train, self.num_steps)
+
     def _start_engine(self) -> Any:
         recipe = self.recipe
         config = recipe.deepspeed_config(world_size=self.ranks.world_size)
@@ -200,7 +230,7 @@ class Trainer:
         engine, *_ = deepspeed.initialize(
             model=self.encoder,
             optimizer=optimizer,
-            lr_scheduler=schedule(optimizer, recipe.train, self.num_steps),
+            lr_scheduler=schedule(optimizer, recipe.train, self.pace),
             config=config,
         )
         return engine
@@ -228,9 +258,8 @@ class Trainer:
         recipe, output = self.recipe, self.recipe.output
         if self.ranks.is_main:
             recipe.save(output / "recipe.yaml")
-        found = checkpoint.whole_checkpoints(output / "checkpoints")
         inputs = self._inputs()
-        first = self._resume(found[-1], inputs) if found else 0
+        first = self._resume(self.start, inputs) if self.start else 0
         console.print(self._headline(first))
         choices.show(self.chosen, recipe, self.encoder, self.step_runner, self.dtype)
         with progress(disable=not self.ranks.is_main) as bar:
@@ -245,6 +274,12 @@ class Trainer:
                 self._report_bad(step, batch)
                 rate = self.engine.get_lr()[0]
                 output_of_step = self.step_runner.step(batch)
+                self._check_finite(
+                    step,
+                    loss=output_of_step.loss,
+                    grad_norm=output_of_step.grad_norm,
+                    grad_temperature=output_of_step.grad_temperature,
+                )
                 if recipe.loss.learn_temperature:
                     self.temperature.step(output_of_step.grad_temperature, rate)
                 done, seconds = step + 1, time.perf_counter() - began
@@ -254,6 +289,7 @@ class Trainer:
                     output_of_step,
                     seconds=seconds,
                     waited=waited,
+                    lr=rate,
                     temperature=self.temperature.value,
                     evaluation=self._evaluate(done),
                 )
@@ -265,6 +301,7 @@ class Trainer:
                         inputs=inputs,
                         extra=self._extra(done),
                         keep_last=recipe.train.keep_last,
+                        flat_until=self.pace.flat_until,
                         write_model=self._write_model,
                     )
         self.telemetry.close()
@@ -275,6 +312,12 @@ class Trainer:
         first, extra = checkpoint.load(self.engine, folder, inputs)
         self.best = extra["best"]
         self.temperature.state = extra["temperature"]
+        if self.validator and self.best and self.best["judge"] != self.validator.judge:
+            console.print(
+                f"eval: what was best (step {self.best['step']}) was judged by other data and is "
+                "forgotten"
+            )
+            self.best = None
         if isinstance(self.batches.order, Mixture):
             for note in self.batches.order.resume(extra["data"], first):
                 console.print(f"data: {note}", markup=False)
@@ -282,8 +325,12 @@ class Trainer:
 
     def _extra(self, done: int) -> dict[str, Any]:
         order = self.batches.order
-        data = order.state(done) if isinstance(order, Mixture) else None
-        return {"best": self.best, "temperature": self.temperature.state, "data": data}
+        return {
+            "best": self.best,
+            "temperature": self.temperature.state,
+            "pace": self.pace,
+            "data": order.state(done) if isinstance(order, Mixture) else None,
+        }
 
     def _evaluate(self, done: int) -> dict[str, float] | None:
         """Judge the model where the recipe says so; the best so far is written to RUN/best."""
@@ -291,13 +338,31 @@ class Trainer:
         if self.validator is None or not due:
             return None
         figures = self.validator()
+        self._check_finite(done - 1, **figures)
         if better(figures, self.best):
-            self.best = {"step": done, **figures}
+            self.best = {"step": done, **figures, "judge": self.validator.judge}
             self._write_model(self.recipe.output / "best")
             if self.ranks.is_main:
                 with replacing(self.recipe.output / "best.json") as temporary:
                     temporary.write_text(json.dumps(self.best, indent=1), encoding="utf-8")
         return figures
+
+    def _check_finite(self, step: int, **figures: float) -> None:
+        """Stop a run that has diverged before its weights are written anywhere: what was saved
+        earlier is all that is left of it.
+
+        Raises:
+            UserError: a figure of this step is no number, on whichever rank.
+        """
+        wrong = [f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)]
+        if not self._sum(len(wrong)):
+            return
+        saved = checkpoint.whole_checkpoints(self.recipe.output / "checkpoints")
+        raise UserError(
+            f"step {step} diverged ({', '.join(wrong) or 'on another rank'}) and nothing of it is "
+            f"saved; the last good checkpoint: {saved[-1] if saved else 'none yet'}; lower "
+            "train.lr or lengthen the warm-up, in another output"
+        )
 
     def _inputs(self) -> dict[str, Any]:
         """Hashes of the backbone and the shards: a path may come to hold something else."""

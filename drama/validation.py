@@ -8,6 +8,7 @@ N documents, Q queries, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,15 @@ class Validator:
         both = {_place(p) for p in recipe.eval.shards} & {_place(p) for p in recipe.data.shards}
         if both:
             raise UserError(f"eval.shards: {min(both)} is trained on; hold other shards out")
+
+    @property
+    def judge(self) -> dict[str, Any]:
+        """The data that decide which model is best; bests of different judges do not compare."""
+        chosen = self.recipe.eval
+        if chosen.beir:
+            return {"beir": [_place(folder) for folder in chosen.beir], "split": chosen.split}
+        assert self.shards is not None
+        return {"shards": self.shards.sha256, "max_records": chosen.max_records}
 
     def __call__(self) -> dict[str, float]:
         """Figures by name, the same on every rank: `loss`, `ndcg@10 NAME` and their mean."""
@@ -165,9 +175,10 @@ def _run(dataset: _Dataset, queries_QD: Tensor, documents_ND: Tensor) -> Run:
 
 
 def better(figures: dict[str, float], best: dict[str, Any] | None) -> bool:
-    """Whether these figures beat the best so far: by nDCG where there is one, else by the loss."""
-    if best is None:
-        return True
-    if "ndcg@10" in figures:
-        return figures["ndcg@10"] > float(best["ndcg@10"])
-    return figures["loss"] < float(best["loss"])
+    """Whether these figures beat the best so far: by nDCG where there is one, else by the loss.
+
+    What is no number beats nothing and is beaten by any number.
+    """
+    name, sign = ("ndcg@10", 1) if "ndcg@10" in figures else ("loss", -1)
+    new, old = figures[name], math.nan if best is None else float(best[name])
+    return math.isfinite(new) and (not math.isfinite(old) or sign * new > sign * old)

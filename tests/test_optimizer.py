@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from drama.optimizer import adamw, learning_rate_factor, parameter_groups
+from drama.optimizer import Pace, adamw, learning_rate_factor, parameter_groups
 from drama.recipe import TrainRecipe
 
 
@@ -12,10 +12,17 @@ def train_recipe(**changes) -> TrainRecipe:
     return TrainRecipe(steps=100, warmup_ratio=0.1, min_lr_ratio=0.2, **changes)
 
 
+def factors_of(train: TrainRecipe, pace: Pace) -> list[float]:
+    """Of every step, and the one that would follow the last."""
+    return [
+        learning_rate_factor(step, train=train, pace=pace) for step in range(pace.num_steps + 1)
+    ]
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_learning_rate(schedule):
     train = train_recipe(schedule=schedule, decay_ratio=0.3)
-    factors = [learning_rate_factor(step, train=train, num_steps=100) for step in range(101)]
+    factors = factors_of(train, Pace.of(train, 100))
     np.testing.assert_allclose(factors[:10], np.arange(1, 11) / 10)
     if schedule == "constant":
         assert set(factors[10:]) == {1.0}
@@ -32,9 +39,30 @@ def test_learning_rate(schedule):
 
 def test_wsd_without_room_to_decay_ends_at_the_least():
     train = train_recipe(schedule="wsd", decay_ratio=1.0)
-    factors = [learning_rate_factor(step, train=train, num_steps=100) for step in range(101)]
+    factors = factors_of(train, Pace.of(train, 100))
     assert max(factors) == 1.0
     assert factors[-1] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "constant"])
+def test_a_prolonged_run_is_not_back_in_the_warm_up(schedule):
+    train = train_recipe(schedule=schedule, decay_ratio=0.3)
+    short = Pace.of(train, 100)
+    long = Pace.of(train, 5000, short.warmup)
+    last = 70 if schedule == "wsd" else 100
+    assert factors_of(train, long)[: last + 1] == factors_of(train, short)[: last + 1]
+    assert long.follows(short, last)
+    assert short.follows(long, last)
+    assert not long.follows(short, last + 1)
+    assert short.follows(short, 100)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_schedule_that_looks_at_the_end_has_no_part_to_prolong(schedule):
+    train = train_recipe(schedule=schedule)
+    short, long = Pace.of(train, 100), Pace.of(train, 200)
+    assert not long.follows(short, 1)
+    assert short.follows(short, 90)
 
 
 def test_only_matrices_decay_and_what_is_frozen_is_in_no_group():

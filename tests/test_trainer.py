@@ -21,6 +21,7 @@ from drama.data.sources import read_source
 from drama.data.writer import write_shards
 from drama.distributed import free_port
 from drama.encoder import Encoder
+from drama.optimizer import Pace, learning_rate_factor
 from drama.recipe import Recipe
 from drama.testing import read_metrics, run_alone, run_deepspeed, tiny_llama
 
@@ -107,6 +108,85 @@ def test_a_finished_run_goes_on_from_its_checkpoint_alone(world, deepspeed):
     assert [x["loss"] for x in read_metrics(cut)] == [x["loss"] for x in read_metrics(unbroken)]
     norms = [x["grad_norm"] for x in read_metrics(unbroken)]
     np.testing.assert_allclose(norms[0], read_metrics(world / "whole")[0]["grad_norm"], rtol=0.03)
+
+
+def test_the_metrics_have_the_rate_that_each_step_was_taken_with(world):
+    lines = metrics(world / "whole")
+    train = Recipe.load(world / "whole" / "recipe.yaml").train
+    pace = Pace.of(train, STEPS)
+    want = [train.lr * learning_rate_factor(step, train=train, pace=pace) for step in range(STEPS)]
+    assert [line["lr"] for line in lines] == pytest.approx(want)
+
+
+def test_a_run_prolonged_after_its_decay_goes_on_from_the_flat_part(world, tmp_path):
+    """Half of 4 steps decay: the losses are those of a run that was to be longer from the start."""
+    options = [
+        "--recipe", str(world / "recipe.yaml"), "--set", "train.schedule=wsd",
+        "--set", "train.decay_ratio=0.5", "--set", "train.warmup_ratio=0.25",
+        "--set", "train.deepspeed=zero1", "--set", "data.workers=0",
+        "--set", "train.save_every=1", "--set", "train.keep_last=1",
+    ]  # fmt: skip
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert single(*options, "--set", f"output={run}", "--set", "train.steps=4").returncode == 0
+    folders = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert folders == ["step-2", "step-4"]
+    done = single(*options, "--set", f"output={run}", "--set", "train.steps=8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from step-2" in done.stderr
+    rates = [line["lr"] / 3e-3 for line in metrics(run)]
+    assert rates[:5] == [1, 1, 1, 1, 1]  # warmed up in one step, as when it was to have four
+    assert rates[5] < 1
+    done = single(
+        *options, "--set", f"output={other}", "--set", "train.steps=8",
+        "--set", "train.warmup_ratio=0.125",
+    )  # fmt: skip
+    assert [x["loss"] for x in metrics(run)] == [x["loss"] for x in metrics(other)]
+    for path in (run / "checkpoints").iterdir():
+        if path.name != "step-8":
+            shutil.rmtree(path)
+    before = (run / "metrics.jsonl").read_bytes()
+    longer = single(*options, "--set", f"output={run}", "--set", "train.steps=16")
+    refused(longer, "run of 8 steps", "16 steps", "another output")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["step", "evaluation"])
+def test_a_run_that_diverges_stops_before_it_writes(world, tmp_path, what):
+    """Its last good checkpoint stays, whatever `keep_last` says, and so does the best model."""
+    run = tmp_path / "run"
+    command = [
+        sys.executable, str(Path(__file__).parent / "workers" / "diverge.py"),
+        str(world / "recipe.yaml"), what, "4", f"output={run}", "train.deepspeed=zero1",
+        "data.workers=0", "train.save_every=2", "train.keep_last=1", "eval.every=1",
+        f"eval.shards=[{world / 'held-out'}]",
+    ]  # fmt: skip
+    write_shards(islice(read_source(PAIRS), 160, 192), world / "held-out")
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    refused(done, "step 4 diverged (loss nan)", f"{run / 'checkpoints' / 'step-4'};", "train.lr")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-4"]
+    assert not (run / "model").exists()
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]
+    assert json.loads((run / "best.json").read_text())["step"] <= 4
+
+
+def test_a_damaged_state_means_an_older_checkpoint_and_chunks_may_be_smaller(world, tmp_path):
+    """After a power cut, and after a device ran out of memory: neither ends a run for good."""
+    run = tmp_path / "run"
+    options = [
+        "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}",
+        "--set", "train.deepspeed=zero1", "--set", "data.workers=0", "--set", "train.steps=3",
+        "--set", "train.save_every=2",
+    ]  # fmt: skip
+    assert single(*options).returncode == 0
+    losses = [line["loss"] for line in metrics(run)]
+    (run / "checkpoints" / "step-3" / "state.json").write_text("")
+    done = single(*options, "--set", "train.token_budget=512")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed at step 2" in done.stderr
+    np.testing.assert_allclose([line["loss"] for line in metrics(run)], losses, rtol=1e-5)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(world, tmp_path):

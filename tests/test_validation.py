@@ -1,6 +1,7 @@
 """Options of a run, judged and resumed: real ranks, real shards, a BEIR folder."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -273,3 +274,40 @@ def test_better_is_more_ndcg_or_less_loss():
     assert better({"loss": 1.0}, {"loss": 1.1, "step": 3})
     assert not better({"loss": 1.1}, {"loss": 1.1, "step": 3})
     assert better({"loss": 2.0, "ndcg@10": 0.5}, {"loss": 1.0, "ndcg@10": 0.4, "step": 3})
+
+
+def test_what_is_no_number_is_never_the_best():
+    assert not better({"loss": math.nan}, None)
+    assert not better({"loss": math.nan}, {"loss": 1.0})
+    assert better({"loss": 1.0}, {"loss": math.nan})
+    assert better({"ndcg@10": 0.1}, {"ndcg@10": math.nan})
+
+
+def test_bests_of_other_data_are_not_compared(world, options, tmp_path):
+    """Judged by a loss first, then by nDCG, then by the loss again."""
+    folder, _ = options
+    run = tmp_path / "run"
+
+    def going_on(steps: int, *keys: str) -> str:
+        pairs = [
+            f"output={run}", "train.schedule=constant", "train.deepspeed=zero1", "eval.every=1",
+            "data.workers=0", f"train.steps={steps}", *keys,
+        ]  # fmt: skip
+        sets = [x for pair in pairs for x in ("--set", pair)]
+        done = alone("--recipe", str(world / "recipe.yaml"), *sets)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return " ".join(done.stderr.split())
+
+    def best() -> dict:
+        return json.loads((run / "best.json").read_text())
+
+    shards = f"eval.shards=[{folder / 'held-out'}]"
+    going_on(1, shards)
+    assert set(best()["judge"]) == {"shards", "max_records"}
+    forgotten = "what was best (step 1) was judged by other data and is forgotten"
+    assert forgotten in going_on(2, shards, f"eval.beir=[{folder / 'beir'}]")
+    assert set(best()["judge"]) == {"beir", "split"}
+    assert best()["step"] == 2
+    assert "step 2) was judged by other data" in going_on(3, shards, "eval.max_records=32")
+    assert best()["step"] == 3
+    assert "judged by" not in going_on(4, shards, "eval.max_records=32")
