@@ -43,7 +43,7 @@ def full_state_dict(engine: Any, module: torch.nn.Module) -> dict[str, Tensor]:
     for name, parameter in module.named_parameters():
         has_master = parameter.requires_grad and (stage or engine.bfloat16_enabled())
         full = safe_get_full_fp32_param(parameter) if has_master else None
-        # a frozen weight has no float32 master: it is what it was
+        # a frozen weight has no float32 master: this is what the engine computes with
         partitioned = full is None and stage == 3
         with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
             full = parameter if full is None else full

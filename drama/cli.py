@@ -191,7 +191,7 @@ def teach(shards: Sequence[Path], model: Path, out: Path) -> None:
 
 @main.command()
 @click.argument("run", type=FOLDER)
-@click.option("--last", type=click.IntRange(2), default=3, show_default=True, help="Checkpoints.")
+@click.option("--last", type=click.IntRange(2), default=2, show_default=True, help="Checkpoints.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the model.")
 def average(run: Path, last: int, out: Path) -> None:
     """Average the weights of a run's last checkpoints.

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +47,14 @@ class Ranks:
         On the CPU the cores are shared out among the ranks of this machine.
 
         Raises:
-            UserError: the port of the rendezvous is in use.
+            UserError: the port of the rendezvous is in use, or several processes without a
+                launcher of ranks.
         """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed calls torch's collectives by the names that torch 2.13 replaced
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         if "RANK" not in os.environ:
+            _check_alone(os.environ)
             alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
             os.environ.update({key: str(value) for key, value in alone.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -83,6 +85,24 @@ class Ranks:
         if local_rank == 0:
             _drop_shared_buffers(f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}")
         dist.destroy_process_group()
+
+
+def _check_alone(environment: Mapping[str, str]) -> None:
+    """Refuse to be one of several tasks that nobody made ranks of: each would train alone, all into
+    one folder. A SLURM batch script itself is task 0 of a job of many, but of no step."""
+    tasks = {
+        "srun": environment.get("SLURM_STEP_NUM_TASKS", "1"),
+        "mpirun": environment.get("OMPI_COMM_WORLD_SIZE", environment.get("PMI_SIZE", "1")),
+    }
+    if environment.get("SLURM_PROCID", "0") != "0":
+        tasks["srun"] = environment.get("SLURM_NTASKS", "several")
+    for program, count in tasks.items():
+        if count != "1":
+            raise UserError(
+                f"{program} started {count} tasks, which makes no ranks of them: each would train "
+                "alone; let every node's one task call torchrun, or call deepspeed, as in "
+                "docs/clusters.md"
+            )
 
 
 def _prepare_extensions(local_rank: int) -> None:

@@ -31,13 +31,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path`.
 
-    The old folder is moved aside before and removed after the rename, so a fault at any moment
-    leaves either the old or the new folder whole.
+    The old folder is moved aside before and removed after the rename. An error leaves the old one
+    in its place; a process that is killed between the two renames leaves it aside, and `recovered`,
+    which the next call begins with, puts it back.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    recovered(target)
     temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -53,3 +54,32 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recovered(path: str | Path) -> None:
+    """Clear up after processes of this machine that were killed in `replacing_folder`: put the old
+    folder back where there is neither, and remove what is left beside it."""
+    target = Path(path)
+    for old in target.parent.glob(f".{target.name}.old-*"):
+        if _is_left(old):
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(old, target)
+    for partial in target.parent.glob(f".{target.name}.partial-*"):
+        if _is_left(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_left(path: Path) -> bool:
+    """Whether the process that a name ends in is over, or is this one, which begins anew."""
+    number = path.name.rpartition("-")[2]
+    if not number.isdigit() or int(number) == os.getpid():
+        return number.isdigit()
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):  # another user's; no process number
+        return False
+    return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,9 @@ from drama.errors import UserError, nearest
 from drama.files import replacing
 
 DS_CONFIGS = Path(__file__).parent / "ds_configs"
+TEMPERATURE_RANGE = (0.005, 1.0)  # of a learned one, as CLIP clips its logit scale
+# sections of the DeepSpeed JSON, and the module that each needs
+MONITORS = {"wandb": "wandb", "comet": "comet_ml"}
 Positive = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -195,6 +199,13 @@ class Recipe(_Strict):
                 f"loss.matryoshka_weights has {len(self.loss.matryoshka_weights)} entries for "
                 f"{len(dims)} matryoshka_dims"
             )
+        low, high = TEMPERATURE_RANGE
+        if self.loss.learn_temperature and not low <= self.loss.temperature <= high:
+            raise ValueError(
+                f"loss.temperature {self.loss.temperature:g} is outside [{low:g}, {high:g}], where "
+                "a learned one is kept; the nearest is "
+                f"{min(max(self.loss.temperature, low), high):g}, or loss.learn_temperature false"
+            )
         if self.loss.symmetric and self.loss.margin is not None:
             raise ValueError(
                 "loss.margin is set and loss.symmetric true: a margin is over the positive of a "
@@ -274,6 +285,14 @@ class Recipe(_Strict):
         for key in ("optimizer", "scheduler"):  # DeepSpeed would leave them out without a word
             if key in config:
                 raise UserError(f"{path}: {key} is set by the recipe (train.lr, ...); remove it")
+        for key in ("tensorboard", *MONITORS):
+            if not isinstance(config.get(key, {}), dict):
+                raise UserError(f'{path}: {key} must be an object such as {{"enabled": true}}')
+        for key, module in MONITORS.items():
+            if config.get(key, {}).get("enabled") and find_spec(module) is None:
+                raise UserError(
+                    f"{path}: {key} is enabled, but {module} is not installed; pip install {module}"
+                )
         # one optimiser step is one DeepSpeed micro-batch: the gradient cache does the accumulation
         per_rank = max(1, self.train.batch_size // world_size)
         expected: dict[str, Any] = {

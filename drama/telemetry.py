@@ -16,7 +16,9 @@ from drama.gradcache import StepOutput
 from drama.metrics import MetricsFile, forward_flops, peak_memory_mib
 from drama.recipe import Recipe
 
-_CURVES = ("loss", "lr", "grad_norm", "tokens_per_s", "pairs_per_s", "mfu", "peak_mem_mib")
+_CURVES = (
+    "loss", "lr", "grad_norm", "temperature", "tokens_per_s", "pairs_per_s", "mfu", "peak_mem_mib",
+)  # fmt: skip
 
 
 class Telemetry:
@@ -74,7 +76,12 @@ class Telemetry:
             note += "  " + "  ".join(f"{name} {x:.3f}" for name, x in evaluation.items())
         self.bar.update(self.task, advance=1, note=note)
         events = {f"train/{name}": line[name] for name in _CURVES}
-        events |= {f"loss/{name}": x for name, x in output.terms.items()}
+        by_group = {
+            "loss": line["loss_by_prefix"] | output.terms,
+            "seconds": line["seconds_by_phase"],
+        }
+        for group, values in by_group.items():
+            events |= {f"{group}/{name}": x for name, x in values.items()}
         events |= {f"eval/{name}": x for name, x in (evaluation or {}).items()}
         samples = (step + 1) * self.recipe.train.batch_size
         self.engine.monitor.write_events([(name, x, samples) for name, x in events.items()])

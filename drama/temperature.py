@@ -12,7 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-LOWEST, HIGHEST = 0.005, 1.0  # as CLIP clips its logit scale: a temperature may run away
+from drama.recipe import TEMPERATURE_RANGE
+
+LOWEST, HIGHEST = TEMPERATURE_RANGE  # a temperature may run away
 BETA1, BETA2, EPS = 0.9, 0.98, 1e-8
 
 

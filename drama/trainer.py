@@ -30,8 +30,8 @@ from drama.distributed import Ranks
 from drama.encoder import Encoder, RetrieverSettings
 from drama.errors import UserError
 from drama.export import export
-from drama.files import replacing
-from drama.gradcache import GradCache
+from drama.files import recovered, replacing
+from drama.gradcache import GradCache, StepOutput
 from drama.hf import model_sha256
 from drama.loss import ContrastiveLoss
 from drama.metrics import matmul_rate, peak_flops
@@ -66,6 +66,12 @@ class Trainer:
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self.encoder = self._load_encoder()
         self.config = self.encoder.backbone.config
+        # the engine may round what is frozen to bf16; the exported model has it as it came
+        self.frozen = {
+            name: weight.detach().clone()
+            for name, weight in self.encoder.backbone.named_parameters()
+            if ranks.is_main and not weight.requires_grad
+        }
         self.chosen = choices.prepare(self.encoder, recipe, ranks.device)
         self.batches = self._open_data()
         self.num_steps = self._count_steps()
@@ -218,11 +224,9 @@ class Trainer:
     def _start_engine(self) -> Any:
         recipe = self.recipe
         config = recipe.deepspeed_config(world_size=self.ranks.world_size)
-        config["tensorboard"] = {
-            "enabled": self.ranks.is_main,
-            "output_path": str(recipe.output),
-            "job_name": "tensorboard",
-        }
+        ours = {"enabled": True, "output_path": str(recipe.output), "job_name": "tensorboard"}
+        config["tensorboard"] = ours | config.get("tensorboard", {})
+        config["tensorboard"]["enabled"] &= self.ranks.is_main
         config["steps_per_print"] = 2**31
         stage = config.get("zero_optimization", {})
         offloaded = stage.get("offload_optimizer", {}).get("device") == "cpu"
@@ -257,6 +261,8 @@ class Trainer:
         """Train to the last step from the newest whole checkpoint; return RUN/model."""
         recipe, output = self.recipe, self.recipe.output
         if self.ranks.is_main:
+            for name in ("best", "model"):
+                recovered(output / name)
             recipe.save(output / "recipe.yaml")
         inputs = self._inputs()
         first = self._resume(self.start, inputs) if self.start else 0
@@ -274,6 +280,8 @@ class Trainer:
                 self._report_bad(step, batch)
                 rate = self.engine.get_lr()[0]
                 output_of_step = self.step_runner.step(batch)
+                if step == first:
+                    self._warn_of_no_scores(output_of_step)
                 self._check_finite(
                     step,
                     loss=output_of_step.loss,
@@ -364,6 +372,13 @@ class Trainer:
             "train.lr or lengthen the warm-up, in another output"
         )
 
+    def _warn_of_no_scores(self, output: StepOutput) -> None:
+        if output.terms.get("scores") == 0.0:
+            console.print(
+                "[yellow]warning:[/] loss.scores_weight is set, but no query of the first batch "
+                "has two documents with scores: without them it does nothing"
+            )
+
     def _inputs(self) -> dict[str, Any]:
         """Hashes of the backbone and the shards: a path may come to hold something else."""
         backbone = model_sha256(self.recipe.model.path)
@@ -400,7 +415,7 @@ class Trainer:
     def _write_model(self, folder: Path) -> None:
         weights = checkpoint.full_state_dict(self.engine, self.encoder.backbone)
         if self.ranks.is_main:
-            export(self.encoder, folder, state_dict=weights)
+            export(self.encoder, folder, state_dict=weights | self.frozen)
 
     def _headline(self, first: int) -> str:
         recipe = self.recipe

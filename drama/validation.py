@@ -29,7 +29,7 @@ from drama.gather import Columns
 from drama.gradcache import GradCache
 from drama.recipe import Recipe
 from drama.retrieve.evaluate import Qrels, score
-from drama.retrieve.run import Run
+from drama.retrieve.run import Run, without_queries
 from drama.tokenizer import Kind
 
 DEPTH = 10  # of nDCG
@@ -64,9 +64,17 @@ class Validator:
         self.world, self.rank = step.world_size, batches.rank
         self.datasets = [self._read(folder) for folder in recipe.eval.beir]
         self.shards = ShardSet(recipe.eval.shards) if recipe.eval.shards else None
-        both = {_place(p) for p in recipe.eval.shards} & {_place(p) for p in recipe.data.shards}
-        if both:
-            raise UserError(f"eval.shards: {min(both)} is trained on; hold other shards out")
+        names = [dataset.name for dataset in self.datasets]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(
+                f"eval.beir: two folders are called {min(twice)}, and figures go by that name; "
+                "rename one"
+            )
+        # by content: a copy under another name is trained on too
+        trained = _shards_of(batches.shards)
+        for folder in recipe.eval.shards if self.shards else ():
+            if _shards_of(ShardSet([folder])) & trained:
+                raise UserError(f"eval.shards: {folder} is trained on; hold other shards out")
 
     @property
     def judge(self) -> dict[str, Any]:
@@ -164,14 +172,19 @@ class Validator:
         return vectors_ND
 
 
+def _shards_of(shards: ShardSet) -> set[str]:
+    return {shard.sha256 for manifest in shards.manifests for shard in manifest.shards}
+
+
 def _run(dataset: _Dataset, queries_QD: Tensor, documents_ND: Tensor) -> Run:
-    depth, run = min(DEPTH, len(documents_ND)), {}
+    # one more: a query that is itself a document is left out
+    depth, run = min(DEPTH + 1, len(documents_ND)), {}
     for first in range(0, len(queries_QD), QUERIES_AT_ONCE):
         scores, found = (queries_QD[first : first + QUERIES_AT_ONCE] @ documents_ND.T).topk(depth)
         for row, (values, columns) in enumerate(zip(scores.tolist(), found.tolist(), strict=True)):
             names = [dataset.document_ids[column] for column in columns]
             run[dataset.query_ids[first + row]] = dict(zip(names, values, strict=True))
-    return run
+    return without_queries(run, DEPTH)
 
 
 def better(figures: dict[str, float], best: dict[str, Any] | None) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from drama.cli import SECTIONS, main
+from drama.recipe import TrainRecipe
 from drama.testing import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,3 +335,8 @@ def test_from_texts_to_answers(here: Path) -> None:
     assert (here / "evaluation" / "runs" / "ours.trec").is_file()
     do("report evaluation")
     assert "ours" in (here / "evaluation" / "report.html").read_text()
+
+
+def test_a_run_with_the_defaults_can_be_averaged_with_the_defaults() -> None:
+    (last,) = (option for option in main.commands["average"].params if option.name == "last")
+    assert last.default == TrainRecipe.model_fields["keep_last"].default

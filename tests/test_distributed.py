@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from drama.distributed import _is_open, _prepare_extensions, free_port
+from drama.distributed import Ranks, _check_alone, _is_open, _prepare_extensions, free_port
+from drama.errors import UserError
 
 
 @pytest.fixture
@@ -36,6 +37,38 @@ def test_a_lock_that_is_held_stays(extensions):
     finally:
         os.close(descriptor)
     assert not _is_open(lock)
+
+
+@pytest.mark.parametrize(
+    ("program", "variables"),
+    [
+        ("srun", {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}),
+        ("srun", {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}),
+        ("mpirun", {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}),
+        ("mpirun", {"PMI_SIZE": "2", "PMI_RANK": "0"}),
+    ],
+)
+def test_tasks_without_a_launcher_of_ranks_are_refused(monkeypatch, program, variables):
+    """Two of them would train into one folder."""
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{program} started 2 tasks.*torchrun"), Ranks.start():
+        pass
+    assert "RANK" not in os.environ
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"},  # a batch script
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+    ],
+)
+def test_one_task_is_alone(variables):
+    _check_alone(variables)
 
 
 def test_free_ports_are_ports():

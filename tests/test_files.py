@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from drama.files import replacing, replacing_folder
+from drama.files import recovered, replacing, replacing_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -103,3 +105,48 @@ def test_what_a_killed_process_with_this_number_left_is_cleared(tmp_path: Path) 
         (temporary / "a").write_text("new")
     assert names(tmp_path / "folder") == ["a"]
     assert names(tmp_path) == ["folder"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from drama.files import replacing_folder
+
+real, renames = os.replace, []
+
+def replace(source, target):
+    if renames:
+        os._exit(1)
+    renames.append(real(source, target))
+
+os.replace = replace
+with replacing_folder(sys.argv[1]) as temporary:
+    (temporary / "a").write_text("new")
+"""
+
+
+def test_the_old_folder_is_back_after_a_kill_between_the_renames(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "a").write_text("old")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False, timeout=60)
+    assert done.returncode == 1
+    assert not target.exists()
+    recovered(target)
+    assert (target / "a").read_text() == "old"
+    assert names(tmp_path) == ["folder"]
+    subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False, timeout=60)
+    with pytest.raises(RuntimeError):
+        stop_halfway_in_folder(target, RuntimeError)
+    assert (target / "a").read_text() == "old"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".folder.partial-{os.getppid()}"
+    other.mkdir()
+    foreign = tmp_path / ".folder.old-mine"
+    foreign.mkdir()
+    with replacing_folder(tmp_path / "folder") as temporary:
+        (temporary / "a").write_text("new")
+    assert names(tmp_path) == sorted([other.name, foreign.name, "folder"])

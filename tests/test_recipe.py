@@ -378,3 +378,26 @@ def test_a_bare_on_or_off_is_that_word(tmp_path, word):
     path.write_text(yaml.safe_dump({**tree, "train": {"steps": 1}}) + f"step:\n  liger: {word}\n")
     assert Recipe.load(path).step.liger == word
     assert Recipe.load(path, [f"step.liger={word}"]).step.liger == word
+
+
+def test_a_learned_temperature_begins_where_it_is_kept(path: Path) -> None:
+    assert "nearest is 0.005" in fault(path, "loss.learn_temperature=true", "loss.temperature=1e-3")
+    assert "nearest is 1," in fault(path, "loss.learn_temperature=true", "loss.temperature=2")
+    Recipe.load(path, ["loss.temperature=2"])
+
+
+def test_a_monitor_that_is_not_installed_is_named(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((DS_CONFIGS / "zero1.json").read_text()) | {"comet": {"enabled": True}}
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps(config))
+    recipe = Recipe.load(path, [f"train.deepspeed={mine}", "train.precision=fp32"])
+    monkeypatch.setattr("drama.recipe.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="comet is enabled, but comet_ml is not installed"):
+        recipe.deepspeed_config(world_size=1)
+    monkeypatch.setattr("drama.recipe.find_spec", lambda name: name)
+    recipe.deepspeed_config(world_size=1)
+    mine.write_text(json.dumps(config | {"tensorboard": True}))
+    with pytest.raises(UserError, match="tensorboard must be an object"):
+        recipe.deepspeed_config(world_size=1)

@@ -234,10 +234,13 @@ def test_the_mean_of_checkpoints(whole, tmp_path):
         ("eval.split=dev", ("no split dev", "test")),
         ("loss.margin=0.1", ("loss.margin", "loss.symmetric")),
         ("loss.teacher=nowhere", ("drama teach",)),
+        ("eval.beir=[{0}/beir, {0}/other/../beir]", ("two folders are called beir", "rename")),
     ],
 )
 def test_what_does_not_fit_is_one_line(options, setting, words, tmp_path):
-    _, arguments = options
+    folder, arguments = options
+    (folder / "other").mkdir(exist_ok=True)
+    setting = setting.format(folder)
     done = alone(*arguments, "--set", f"output={tmp_path / 'run'}", "--set", setting)
     assert done.returncode == 2
     lines = [x for x in done.stderr.splitlines() if x.startswith("train: error:")]
@@ -247,26 +250,36 @@ def test_what_does_not_fit_is_one_line(options, setting, words, tmp_path):
 
 
 def test_deepspeeds_monitors_get_what_the_metrics_say(world, tmp_path):
-    """By its CSV monitor; W&B and Comet are fed by the same call."""
+    """By its CSV monitor; W&B and Comet are fed by the same call. TensorBoard is as the JSON says,
+    and a term of the loss that finds nothing to do is said."""
     config = json.loads((DS_CONFIGS / "zero1.json").read_text())
-    monitor = {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "job"}
-    (tmp_path / "mine.json").write_text(json.dumps({**config, "csv_monitor": monitor}))
+    config["csv_monitor"] = {"enabled": True, "output_path": f"{tmp_path}/csv", "job_name": "job"}
+    config["tensorboard"] = {"enabled": False}
+    (tmp_path / "mine.json").write_text(json.dumps(config))
     done = alone(
         "--recipe", str(world / "recipe.yaml"), "--set", f"output={tmp_path / 'run'}",
         "--set", f"train.deepspeed={tmp_path / 'mine.json'}", "--set", "train.steps=2",
+        "--set", "loss.scores_weight=0.5",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    (table,) = (tmp_path / "csv").rglob("*loss*.csv")
-    values = [float(line.split(",")[1]) for line in table.read_text().splitlines()[1:]]
-    assert values == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")])
+    tables = {path.stem.removeprefix("train_"): path for path in (tmp_path / "csv").rglob("*.csv")}
+    for name in ("loss", "lr", "temperature"):
+        rows = tables[name].read_text().splitlines()[1:]
+        values = [float(row.split(",")[1]) for row in rows]
+        assert values == pytest.approx([line[name] for line in metrics(tmp_path / "run")])
+    assert {"loss_32", "loss_64", "seconds_data", "seconds_embed"} <= set(tables)
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    assert "loss.scores_weight is set, but no query of the first batch" in done.stderr
 
 
-def test_training_shards_are_no_held_out_ones(options, tmp_path):
+def test_training_shards_are_no_held_out_ones_under_whatever_name(options, tmp_path):
     folder, arguments = options
-    shards = f"eval.shards=[{folder / 'shards'}]"
+    shutil.copytree(folder / "shards", tmp_path / "copy")
+    shards = f"eval.shards=[{folder / 'held-out'}, {tmp_path / 'copy'}]"
     done = alone(*arguments, "--set", f"output={tmp_path / 'run'}", "--set", shards)
     assert done.returncode == 2
-    assert "trained on" in done.stderr
+    assert "copy is trained on" in done.stderr
+    assert "loss.scores_weight is set" not in done.stderr
 
 
 def test_better_is_more_ndcg_or_less_loss():

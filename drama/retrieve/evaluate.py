@@ -31,7 +31,7 @@ from drama.files import replacing
 from drama.retrieve.bm25 import bm25_run
 from drama.retrieve.encode import check_dim, encode_corpus, load_encoder
 from drama.retrieve.index import Index, is_index
-from drama.retrieve.run import Run, write_run
+from drama.retrieve.run import Run, without_queries, write_run
 from drama.retrieve.search import load_index_model
 
 METRICS = ("nDCG@10", "Recall@100", "MRR@10")
@@ -116,7 +116,8 @@ def evaluate(
     max_tokens: int | None = None,
     k: int = 100,
 ) -> Results:
-    """Run each system over a split's judged queries and score it.
+    """Run each system over a split's judged queries and score it. A document with the id of a
+    query is left out of that query's ranking, as BEIR does.
 
     Args:
         dataset_dir: a BEIR folder.
@@ -160,8 +161,9 @@ def evaluate(
                 Path(place) / "vectors" / name,
                 dim=dim,
                 max_tokens=max_tokens,
-                k=k,
+                k=k + 1,
             )
+            run = without_queries(run, k)
             if out is not None:
                 write_run(run, Path(out) / "runs" / f"{name}.trec", tag=name)
             per_query = score(qrels, run)

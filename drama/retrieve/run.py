@@ -10,6 +10,24 @@ from drama.files import replacing
 Run = dict[str, dict[str, float]]  # query id -> document id -> score
 
 
+def without_queries(run: Run, depth: int) -> Run:
+    """The first `depth` documents of each query but the one with the query's own id.
+
+    In some data sets (ArguAna, Quora) queries are documents too, and each would find itself first;
+    BEIR leaves them out as well.
+    """
+    return {
+        query_id: dict(
+            sorted(
+                ((id_, score) for id_, score in scores.items() if id_ != query_id),
+                key=lambda item: (item[1], item[0]),
+                reverse=True,
+            )[:depth]
+        )
+        for query_id, scores in run.items()
+    }
+
+
 def write_run(run: Run, path: Path, tag: str) -> None:
     """Write a TREC run file: `query Q0 document rank score tag`, best first.
 

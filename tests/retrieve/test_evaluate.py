@@ -17,7 +17,7 @@ from drama.errors import UserError
 from drama.retrieve.encode import encode_corpus
 from drama.retrieve.evaluate import evaluate, score
 from drama.retrieve.index import build_index
-from drama.retrieve.run import write_run
+from drama.retrieve.run import without_queries, write_run
 
 
 def test_score_of_a_case_done_by_hand():
@@ -188,3 +188,25 @@ def test_bm25_on_the_demo_set(tmp_path):
     assert (results.num_queries, results.num_documents) == (300, 1200)
     assert results.num_unknown_documents == 0
     assert results.systems["bm25"].metrics["nDCG@10"] == pytest.approx(0.7009, abs=0.002)
+
+
+def test_a_query_that_is_a_document_does_not_find_itself(dataset, model, tmp_path):
+    """As in ArguAna, with the ids of the queries among those of the documents."""
+    texts = {"d1": "Vaccination trains the immune system to recognise a virus."}
+    (dataset / "queries.jsonl").write_text(json.dumps({"_id": "d1", "text": texts["d1"]}) + "\n")
+    (dataset / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nd1\td7\t1\n")
+    encode_corpus(dataset, model, tmp_path / "vectors")
+    build_index(tmp_path / "vectors", tmp_path / "index")
+    systems = {"bm25": "bm25", "tiny": model, "tiny-index": tmp_path / "index"}
+    results = evaluate(dataset, systems, out=tmp_path / "out")
+    assert results.systems["bm25"].metrics["nDCG@10"] == 1.0
+    for name in systems:
+        rows = (tmp_path / "out" / "runs" / f"{name}.trec").read_text().splitlines()
+        assert rows
+        assert "d1" not in {row.split()[2] for row in rows}
+
+
+def test_the_place_of_a_left_out_document_is_filled():
+    run = {"d1": {"d1": 0.9, "d2": 0.5, "d3": 0.5, "d4": 0.7}, "q": {"d1": 0.1, "d2": 0.2}}
+    found = {query_id: list(scores) for query_id, scores in without_queries(run, 2).items()}
+    assert found == {"d1": ["d4", "d3"], "q": ["d2", "d1"]}
