@@ -40,12 +40,10 @@ from drama.data.packing import PackedBatch, Row, count_chunks, even_chunks, pack
 from drama.distributed import host_group
 from drama.gather import Columns, all_gather
 from drama.loss import ContrastiveLoss
-from drama.memory import GraphBytes, PeakMemory, spare_bytes
+from drama.memory import GRADIENT_SHARE, GraphBytes, PeakMemory, spare_bytes
 
 KeepGraphs = int | Literal["auto"]
 Reduction = Literal["auto", "step", "chunk"]
-# of the spare memory, what one full local gradient may take before "auto" reduces chunk by chunk
-_GRADIENT_SHARE = 0.25
 
 
 @dataclass
@@ -186,7 +184,7 @@ class GradCache:
         weights = self.engine.module.parameters()
         # ds_numel: under ZeRO 3 a weight is empty here
         size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights)
-        fits = torch.tensor(int(size < _GRADIENT_SHARE * spare_bytes(self.device)))
+        fits = torch.tensor(int(size < GRADIENT_SHARE * spare_bytes(self.device)))
         if self.world_size > 1:
             dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=self.group)
         return "step" if fits.item() else "chunk"

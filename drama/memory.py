@@ -15,6 +15,9 @@ import psutil
 import torch
 from torch import Tensor
 
+# of the spare memory, what one full local gradient may take before gradients are reduced chunk by
+# chunk rather than once a step
+GRADIENT_SHARE = 0.25
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # limit and present use of this process's control group: version 2, then version 1

@@ -31,7 +31,7 @@ from drama.data.stream import ShardSet
 from drama.encoder import Encoder, RetrieverSettings, read_config
 from drama.errors import UserError
 from drama.kernels.infonce_torch import BLOCK_ELEMENTS, WORK_ELEMENTS
-from drama.memory import GraphBytes
+from drama.memory import GRADIENT_SHARE, GraphBytes
 from drama.metrics import forward_flops
 from drama.recipe import Recipe
 from drama.tokenizer import TextEncoder, load_tokenizer
@@ -251,7 +251,8 @@ def memory(
 
 @dataclass(frozen=True)
 class Plan:
-    """All configurations, and the one to take. `stage`: a name of ds_configs/."""
+    """All configurations, and the one to take. `stage`: a name of ds_configs/. `reductions`: once a
+    "step" or once a "chunk", as the run would reduce gradients under each."""
 
     recipe: Recipe
     model: Model
@@ -259,6 +260,7 @@ class Plan:
     ranks: int
     gpu_bytes: int
     by_stage: dict[str, Memory]
+    reductions: dict[str, str]
     stage: str | None
     token_budget: int
     kept_chunks: int
@@ -273,8 +275,7 @@ STAGES = {"zero1": (1, False), "zero2": (2, False), "zero3": (3, False), "zero3_
 
 
 def make_plan(recipe: Recipe, *, gpus: int, gpu_gib: float) -> Plan:
-    """Count, predict, choose: the first stage whose peak fits (they get slower in this order), then
-    the largest chunk that fits, then as many kept graphs as the rest holds.
+    """Count, then `choose`.
 
     Raises:
         UserError: a backbone that cannot be read, or more GPUs than lanes.
@@ -282,35 +283,56 @@ def make_plan(recipe: Recipe, *, gpus: int, gpu_gib: float) -> Plan:
     if gpus > recipe.data.lanes:
         raise UserError(f"data.lanes {recipe.data.lanes} feeds at most as many ranks, not {gpus}")
     dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
-    model, work = count_model(recipe, dtype), count_work(recipe)
-    room = int(USABLE * gpu_gib * GIB)
+    counts = count_model(recipe, dtype), count_work(recipe)
+    return choose(recipe, *counts, ranks=gpus, room=int(USABLE * gpu_gib * GIB), dtype=dtype)
 
-    def predict(stage: str, budget: int) -> Memory:
+
+def choose(
+    recipe: Recipe, model: Model, work: Work, *, ranks: int, room: int, dtype: torch.dtype
+) -> Plan:
+    """The first stage whose peak fits into `room` bytes (they get slower in this order), then the
+    largest chunk that fits, then as many kept graphs as the rest holds."""
+
+    def predict(stage: str, budget: int, reduction: str) -> Memory:
         number, offload = STAGES[stage]
         return memory(
             *(model, work),
             stage=number,
-            ranks=gpus,
+            ranks=ranks,
             token_budget=budget,
             dtype=dtype,
             offload=offload,
+            reduce_by_step=reduction == "step",
         )
 
+    def reduction(stage: str) -> str:
+        """As the gradient cache settles it, before the first step."""
+        if recipe.step.grad_reduction != "auto":
+            return recipe.step.grad_reduction
+        held = predict(stage, recipe.train.token_budget, "step").optimizer
+        held += model.weights * dtype.itemsize // (ranks if STAGES[stage][0] == 3 else 1)
+        small = model.weights * dtype.itemsize < GRADIENT_SHARE * (room - held)
+        return "step" if small else "chunk"
+
+    reductions = {stage: reduction(stage) for stage in STAGES}
     least = max(recipe.data.max_query_tokens, recipe.data.max_document_tokens)
     budgets = [b for b in BUDGETS if b >= least] or [least]
-    asked = {stage: predict(stage, recipe.train.token_budget) for stage in STAGES}
-    fitting = [stage for stage in STAGES if predict(stage, budgets[0]).total <= room]
+    asked = {s: predict(s, recipe.train.token_budget, reductions[s]) for s in STAGES}
+    fitting = [s for s in STAGES if predict(s, budgets[0], reductions[s]).total <= room]
     stage = fitting[0] if fitting else None
     budget, kept = recipe.train.token_budget, 0
     if stage:
         # a chunk beyond the step's own tokens would be no larger
-        own = work.tokens // gpus
+        own = work.tokens // ranks
         useful = [b for b in budgets if b < 2 * own] or budgets[:1]
-        budget = max(b for b in useful if predict(stage, b).total <= room)
-        at = predict(stage, budget)
+        how = reductions[stage]
+        budget = max(b for b in useful if predict(stage, b, how).total <= room)
+        at = predict(stage, budget, how)
         spare = room - max(at.phases["replay"], at.phases["loss"])
         kept = max(0, min(-(-own // budget), int(spare // max(1, at.activations))))
-    return Plan(recipe, model, work, gpus, room, asked, stage, budget, kept)
+        if how == "chunk" and STAGES[stage][0] == 3:  # that form keeps none
+            kept = 0
+    return Plan(recipe, model, work, ranks, room, asked, reductions, stage, budget, kept)
 
 
 PARTS = (
@@ -335,6 +357,7 @@ def tables(plan: Plan, *, mfu: float, peak_tflops: float) -> list[Table]:
     table.add_section()
     table.add_row("peak", *(f"{total / GIB:,.2f}" for total in totals))
     table.add_row("fits", *("yes" if total <= plan.gpu_bytes else "no" for total in totals))
+    table.add_row("reduced once a", *plan.reductions.values())
     work, train = plan.work, plan.recipe.train
     flops = 3 * work.flops
     rate = mfu * peak_tflops * 1e12 * plan.ranks

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from drama.cli import main as cli
 from drama.data.sources import read_source
 from drama.data.writer import write_shards
-from drama.plan import Model, Work, count_model, count_work, make_plan, memory
+from drama.plan import BUDGETS, Model, Work, choose, count_model, count_work, make_plan, memory
 from drama.recipe import Recipe
 from drama.testing import tiny_llama
 
@@ -92,12 +92,47 @@ def test_memory_by_hand():
     assert by_chunk.gradients == 2 * 10**8 // 8
 
 
+LARGE = Model(trained=10**9, frozen=0, width=2048, graph_bytes=10**5)
+WORK = Work(queries=1024, documents=2048, tokens=10**6, flops=1e15, sampled=True)
+BF16 = {"ranks": 8, "dtype": torch.bfloat16}
+
+
 def test_the_recommendation_fits_and_the_next_larger_chunk_does_not(recipe_path):
     recipe = Recipe.load(recipe_path, ["train.precision=bf16"])
-    plan = make_plan(recipe, gpus=4, gpu_gib=4)
-    assert plan.stage == "zero1"
-    tight = make_plan(recipe, gpus=4, gpu_gib=0.5)
-    assert tight.stage is None
+    at = {b: memory(LARGE, WORK, stage=1, token_budget=b, **BF16) for b in BUDGETS}
+    for budget, larger in pairwise(BUDGETS):
+        if at[budget].total == at[larger].total:  # another phase is the highest
+            continue
+        room = at[budget].total
+        plan = choose(recipe, LARGE, WORK, room=room, **BF16)
+        assert (plan.stage, plan.token_budget) == ("zero1", budget)
+        rest = at[budget].phases
+        kept = (room - max(rest["replay"], rest["loss"])) // at[budget].activations
+        assert plan.kept_chunks == min(kept, plan.num_chunks)
+    roomy = choose(recipe, LARGE, WORK, room=10**12, **BF16)
+    assert roomy.token_budget == BUDGETS[-1]
+    assert roomy.kept_chunks == roomy.num_chunks
+    assert make_plan(recipe, gpus=4, gpu_gib=4).stage == "zero1"
+    assert make_plan(recipe, gpus=4, gpu_gib=0.5).stage is None
+
+
+@pytest.mark.parametrize("wanted", ["auto", "step", "chunk"])
+def test_a_stage_is_predicted_in_the_form_that_the_run_takes(recipe_path, wanted):
+    """Reduced after every chunk, ZeRO 2 holds a part of the gradient: it fits where 1 does not."""
+    recipe = Recipe.load(recipe_path, [f"step.grad_reduction={wanted}"])
+    rooms = [int(gib * 2**30) for gib in (2, 3, 4, 5, 5.5, 6, 6.5, 7, 8, 12, 16, 80)]
+    plans = [choose(recipe, LARGE, WORK, room=room, **BF16) for room in rooms]
+    stages = [plan.stage for plan in plans]
+    assert ("zero2" in stages) == (wanted != "step"), stages
+    for plan in plans:
+        if wanted != "auto":
+            assert set(plan.reductions.values()) == {wanted}
+        if plan.stage in ("zero3", "zero3_offload") and plan.reductions[plan.stage] == "chunk":
+            assert plan.kept_chunks == 0
+    if wanted == "auto":
+        assert plans[-1].reductions["zero1"] == "step"
+        two = plans[stages.index("zero2")]
+        assert two.reductions["zero2"] == "chunk"
 
 
 def test_the_command_says_what_to_set(recipe_path):
