@@ -58,11 +58,11 @@ class RankBatch:
 
     @classmethod
     def of_pairs(cls, rows: Sequence[Row], document_ids: Tensor) -> RankBatch:
-        """Queries and as many positives, without hard negatives, scores or ids of queries."""
+        """Different queries and as many positives, without hard negatives or scores."""
         count, none = len(document_ids), torch.empty(0, dtype=torch.int64)
         unknown = torch.full((count,), torch.nan, dtype=torch.float64)
-        packed, no_ids = TokenRows.of(rows), torch.zeros_like(document_ids)
-        return cls(packed, count, document_ids, 0, no_ids, none, unknown)
+        packed, queries = TokenRows.of(rows), torch.arange(count)
+        return cls(packed, count, document_ids, 0, queries, none, unknown)
 
     @property
     def num_tokens(self) -> int:

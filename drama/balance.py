@@ -31,7 +31,8 @@ class Share:
 
     query_B: numbers of its queries; query_ids_B: ids of their texts. documents_by_rank: the
     documents' numbers, in the order in which each rank holds them; queries_of_ranks: how many
-    queries each holds. By number of a document: ids_M, its id; query_M, the number of the query
+    queries each holds. By number of a document: ids_M, its id; same_M, equal for those that are no
+    negatives of one another's queries; query_M, the number of the query
     that it was read with; score_M, a teacher's score. positive_Q: by number of a query, its
     positive document.
     """
@@ -42,6 +43,7 @@ class Share:
     documents_by_rank: list[np.ndarray]
     queries_of_ranks: tuple[int, ...]
     ids_M: np.ndarray
+    same_M: np.ndarray
     query_M: np.ndarray
     score_M: np.ndarray
     positive_Q: np.ndarray
@@ -82,6 +84,7 @@ class Share:
         return Targets(
             torch.from_numpy(column_of_M[self.positive_Q[self.query_B]]),
             torch.from_numpy(self.ids_M[number_M]),
+            torch.from_numpy(self.same_M[number_M]),
             torch.from_numpy(row_Q[self.query_M[number_M]]),
             torch.from_numpy(is_positive_M[number_M]),
             torch.from_numpy(self.score_M[number_M].astype(np.float32)),
@@ -114,17 +117,42 @@ def share_out(batch: RankBatch, *, balance: bool, group: dist.ProcessGroup | Non
     own = held[rank]
     own_queries, own_documents = own[texts.is_query[own]], own[~texts.is_query[own]]
     documents = ~texts.is_query
+    ids_M, positive_Q = texts.ids[documents], texts.positive_of_queries()
     return Share(
         rows=[rows[int(i)] for i in (*own_queries, *own_documents)],
         query_B=place[own_queries],
         query_ids_B=texts.ids[own_queries],
         documents_by_rank=[place[h[documents[h]]] for h in held],
         queries_of_ranks=tuple(int(texts.is_query[h].sum()) for h in held),
-        ids_M=texts.ids[documents],
+        ids_M=ids_M,
+        same_M=_same_documents(ids_M, ids_M[positive_Q], texts.ids[texts.is_query]),
         query_M=place[texts.query[documents]],
         score_M=texts.scores[documents],
-        positive_Q=texts.positive_of_queries(),
+        positive_Q=positive_Q,
     )
+
+
+def _same_documents(
+    ids_M: np.ndarray, positive_Q: np.ndarray, query_ids_Q: np.ndarray
+) -> np.ndarray:
+    """The documents' ids, the least of them for all positives of queries with one text: a data set
+    with one positive a line has such queries, and their positives are no negatives.
+
+    positive_Q: id of each query's positive. A document that two queries share joins theirs.
+    """
+    texts, query_Q = np.unique(query_ids_Q, return_inverse=True)
+    if len(texts) == len(query_ids_Q):
+        return ids_M
+    ids, document_M = np.unique(ids_M, return_inverse=True)
+    document_Q, least = np.searchsorted(ids, positive_Q), np.arange(len(ids))
+    while True:
+        of_text = np.full(len(texts), len(ids))
+        np.minimum.at(of_text, query_Q, least[document_Q])
+        joined = least.copy()
+        np.minimum.at(joined, document_Q, of_text[query_Q])
+        if (joined == least).all():
+            return ids[least[document_M]]
+        least = joined
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class ContrastiveLoss:
             temperature=temperature,
             prefixes=self.prefixes or None,
             prefix_weights=self.prefix_weights or None,
-            k_ids_N=targets.ids_M,
+            k_ids_N=targets.same_M,
             margin=self.margin,
             own_negatives=targets.owners if self.own_negatives else False,
             symmetric=self.symmetric and num_ranks == 1,
@@ -131,12 +131,12 @@ class ContrastiveLoss:
     def _column_direction(
         self, q_QD: Tensor, k_MD: Tensor, targets: Targets, temperature: float | Tensor
     ) -> InfoNCEOutput:
-        """This rank's positives against everybody's queries; a query with an equal positive is no
-        negative."""
+        """This rank's positives against everybody's queries; a query with an equal positive, or
+        of the same text, is no negative."""
         num_queries, rank = len(targets.positive_B), dist.get_rank()
         first = sum(targets.queries_of_ranks[:rank])
         ids = Columns([list(targets.queries_of_ranks)])
-        ids.send(targets.ids_M[targets.positive_B])
+        ids.send(targets.same_M[targets.positive_B])
         rows_B = torch.arange(first, first + num_queries, device=q_QD.device)
         return infonce(
             k_MD[targets.positive_B],

@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from drama.balance import Share, share_out
+from drama.balance import Share, _same_documents, share_out
 from drama.data.batches import RankBatch
 from drama.data.packing import TokenRows
+from drama.gather import Columns
+from drama.kernels.infonce_reference import infonce_reference
+from drama.loss import ContrastiveLoss
 
 WORKER = Path(__file__).parent / "workers" / "share_ranks.py"
 
@@ -104,6 +108,40 @@ def test_every_query_finds_its_positive(world: int, shares: tuple[bool, list[Sha
         torch.testing.assert_close(targets.score_M, torch.tensor(names) / 7)
         positives = {name for name, query in query_of.items() if name == query}
         assert targets.is_positive_M.tolist() == [name in positives for name in names]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_positives_of_one_question_are_no_negatives_of_one_another(symmetric: bool) -> None:
+    """Queries 0, 2 and 4 have one text, 3 shares a document with 4; document 5 is a hard negative
+    of 1 and the positive of 0. Nothing but query 1 and its positive is anybody's negative."""
+    documents = torch.tensor([50, 51, 52, 53, 53, 50])
+    batch = RankBatch(
+        [[i + 1] for i in range(11)], 5, documents, 0,
+        query_ids=torch.tensor([7, 8, 7, 9, 7]),
+        negatives_of=torch.tensor([1]),
+        scores=torch.full((6,), torch.nan),
+    )  # fmt: skip
+    share = share_out(batch, balance=True, group=None)
+    targets = share.targets([[6]])
+    assert targets.ids_M.tolist() == documents.tolist()
+    assert targets.same_M.tolist() == [50, 51, 50, 50, 50, 50]
+    q_BD, k_MD = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    columns = Columns([[6]])
+    columns.send(k_MD)
+    output = ContrastiveLoss(0.1, symmetric=symmetric)(q_BD[:5], columns, targets)
+    assert output.num_masked == 4 * 4  # of 5 others, all but the positive of query 1
+    want = infonce_reference(
+        q_BD[:5], k_MD, torch.arange(5), temperature=0.1, symmetric=symmetric,
+        k_ids_N=torch.tensor([0, 1, 0, 0, 0, 0]),
+    )  # fmt: skip
+    assert output.loss == pytest.approx(want.loss.item(), rel=1e-5)
+
+
+def test_chains_of_questions_and_documents_are_followed() -> None:
+    ids = np.array([9, 8, 7, 6, 5, 4])
+    queries = np.array([1, 1, 2, 2, 3, 3])  # 9-8, 8-7, 7-6
+    same = _same_documents(ids, np.array([9, 8, 8, 7, 7, 6]), queries)
+    assert same.tolist() == [6, 6, 6, 6, 5, 4]
 
 
 def test_the_load_is_even(world: int, shares: tuple[bool, list[Share]]) -> None:

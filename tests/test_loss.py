@@ -188,6 +188,7 @@ def arguments(whole: Whole, world: int) -> list[tuple[Any, ...]]:
         targets = (
             column_of_M[whole.positive_B[rows]],
             whole.ids_N[order_M],
+            whole.ids_N[order_M],
             row_of_query[whole.query_N[order_M]],
             is_positive(whole)[order_M],
             whole.score_N[order_M],
