@@ -24,6 +24,7 @@ B queries, N documents, X = B + N texts of this rank, M documents of all ranks, 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -136,7 +137,8 @@ class GradCache:
         start = time.perf_counter()
         if self.stage:
             self.engine.step()
-            output.grad_norm = float(self.engine.get_global_grad_norm())
+            norm = float(self.engine.get_global_grad_norm())
+            output.grad_norm = norm if norm >= 0 else math.nan  # DeepSpeed's mark is -1
         else:  # DeepSpeed measures it only where ZeRO does
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             output.grad_norm = float(torch.nn.utils.get_total_norm(gradients))

@@ -145,7 +145,7 @@ class TrainRecipe(_Strict):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     deepspeed: str = "zero3"  # a name in ds_configs/ or a path to a JSON
     save_every: Positive = 500
-    keep_last: Positive = 2
+    keep_last: Positive = 2  # checkpoints; in wsd the newest of the flat part stays too
 
 
 class StepRecipe(_Strict):
