@@ -58,11 +58,12 @@ class RankBatch:
 
     @classmethod
     def of_pairs(cls, rows: Sequence[Row], document_ids: Tensor) -> RankBatch:
-        """Different queries and as many positives, without hard negatives or scores."""
+        """Queries and as many positives, without hard negatives or scores. Queries differ where
+        their positives do."""
         count, none = len(document_ids), torch.empty(0, dtype=torch.int64)
         unknown = torch.full((count,), torch.nan, dtype=torch.float64)
-        packed, queries = TokenRows.of(rows), torch.arange(count)
-        return cls(packed, count, document_ids, 0, queries, none, unknown)
+        packed = TokenRows.of(rows)
+        return cls(packed, count, document_ids, 0, document_ids, none, unknown)
 
     @property
     def num_tokens(self) -> int:

@@ -54,7 +54,7 @@ def main(folder: Path) -> None:
             count,
             torch.tensor(share["document_ids"]),
             num_cut=0,
-            query_ids=torch.arange(count),
+            query_ids=torch.arange(count) + 1000 * ranks.rank,
             negatives_of=torch.arange(documents - count) % count,
             scores=torch.full((documents,), torch.nan, dtype=torch.float64),
         )
