@@ -34,10 +34,11 @@ test: setup  ## the tests, without the slow ones
 test-all: setup  ## every test
 	$(BIN)/python -m pytest
 
-bench: setup  ## time loss and step beside their peers on this machine: about an hour on two cores
+bench: setup  ## time loss, step and data beside their peers on this machine: some hours on two cores
 	$(BIN)/python launchers/bench_kernels.py
 	$(BIN)/python launchers/bench_throughput.py --memory
 	$(BIN)/python launchers/bench_throughput.py
+	$(BIN)/python launchers/bench_data.py
 
 check: setup  ## linter, formatter and types
 	$(BIN)/ruff check .

@@ -111,7 +111,7 @@ def test_a_finished_run_goes_on_from_its_checkpoint_alone(world, deepspeed):
 
 
 def test_the_metrics_have_the_rate_that_each_step_was_taken_with(world):
-    lines = metrics(world / "whole")
+    lines = read_metrics(world / "whole")
     train = Recipe.load(world / "whole" / "recipe.yaml").train
     pace = Pace.of(train, STEPS)
     want = [train.lr * learning_rate_factor(step, train=train, pace=pace) for step in range(STEPS)]
@@ -127,20 +127,23 @@ def test_a_run_prolonged_after_its_decay_goes_on_from_the_flat_part(world, tmp_p
         "--set", "train.save_every=1", "--set", "train.keep_last=1",
     ]  # fmt: skip
     run = tmp_path / "run"
-    assert single(*options, "--set", f"output={run}", "--set", "train.steps=4").returncode == 0
+    assert (
+        run_alone(TRAIN, *options, "--set", f"output={run}", "--set", "train.steps=4").returncode
+        == 0
+    )
     folders = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert folders == ["step-2", "step-4"]
-    done = single(*options, "--set", f"output={run}", "--set", "train.steps=8")
+    done = run_alone(TRAIN, *options, "--set", f"output={run}", "--set", "train.steps=8")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on from step-2" in done.stderr
-    rates = [line["lr"] / 3e-3 for line in metrics(run)]
+    rates = [line["lr"] / 3e-3 for line in read_metrics(run)]
     assert rates[:5] == [1, 1, 1, 1, 1]  # warmed up in one step, as when it was to have four
     assert rates[5] < 1
     for path in (run / "checkpoints").iterdir():
         if path.name != "step-8":
             shutil.rmtree(path)
     before = (run / "metrics.jsonl").read_bytes()
-    longer = single(*options, "--set", f"output={run}", "--set", "train.steps=16")
+    longer = run_alone(TRAIN, *options, "--set", f"output={run}", "--set", "train.steps=16")
     refused(longer, "run of 8 steps", "16 steps", "another output")
     assert (run / "metrics.jsonl").read_bytes() == before
 
@@ -163,7 +166,7 @@ def test_a_run_that_diverges_stops_before_it_writes(world, tmp_path, what):
     refused(done, "step 4 diverged (loss nan)", f"{run / 'checkpoints' / 'step-4'};", "train.lr")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-4"]
     assert not (run / "model").exists()
-    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3]
     assert json.loads((run / "best.json").read_text())["step"] <= 4
 
 
@@ -175,13 +178,13 @@ def test_a_damaged_state_means_an_older_checkpoint_and_chunks_may_be_smaller(wor
         "--set", "train.deepspeed=zero1", "--set", "data.workers=0", "--set", "train.steps=3",
         "--set", "train.save_every=2",
     ]  # fmt: skip
-    assert single(*options).returncode == 0
-    losses = [line["loss"] for line in metrics(run)]
+    assert run_alone(TRAIN, *options).returncode == 0
+    losses = [line["loss"] for line in read_metrics(run)]
     (run / "checkpoints" / "step-3" / "state.json").write_text("")
-    done = single(*options, "--set", "train.token_budget=512")
+    done = run_alone(TRAIN, *options, "--set", "train.token_budget=512")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step 2" in done.stderr
-    np.testing.assert_allclose([line["loss"] for line in metrics(run)], losses, rtol=1e-5)
+    np.testing.assert_allclose([line["loss"] for line in read_metrics(run)], losses, rtol=1e-5)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(world, tmp_path):

@@ -32,7 +32,20 @@ from drama.tokenizer import TextEncoder, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SCIFACT = ROOT / "data" / "demo" / "scifact"
-WORDS = "bees bread tides moons honey yeast ocean colony baker storm light river".split()
+WORDS = [
+    "bees",
+    "bread",
+    "tides",
+    "moons",
+    "honey",
+    "yeast",
+    "ocean",
+    "colony",
+    "baker",
+    "storm",
+    "light",
+    "river",
+]
 
 
 def rows(count, seed=0, sources=("",), langs=("",)):
@@ -300,9 +313,7 @@ def test_two_jobs_on_one_folder(source, tmp_path):
 
 
 def test_a_worker_that_is_killed_is_named(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sharding._Work, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    )
+    monkeypatch.setattr(sharding._Work, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match="a worker was ended from outside, perhaps for want of mem"):
         shard([source], tmp_path / "out", 2)
     assert list(tmp_path.iterdir()) == [source]
