@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from drama.data.remote import persistently
 from drama.errors import UserError
 
 GZIP_MAGIC = b"\x1f\x8b"
 XZ_MAGIC = b"\xfd7zXZ\x00"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-READ_CHARS = 2**16
+READ_CHARS, READ_BYTES = 2**16, 2**18
 MAX_ITEM_CHARS = 2**26
 _SEPARATORS = re.compile(r"[\s,\[\ufeff]*")  # before an item, which is an object
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -41,10 +42,39 @@ def open_raw(path: str | Path) -> IO[bytes]:
             return open(path, "rb")
         import fsspec
 
-        return cast(IO[bytes], fsspec.open(str(path), "rb").open())
+        file = persistently(str(path), lambda: fsspec.open(str(path), "rb").open())
+        return cast(IO[bytes], io.BufferedReader(_FromAfar(str(path), file), READ_BYTES))
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         reason = getattr(error, "strerror", None) or error or type(error).__name__
         raise UserError(f"cannot read {path}: {reason}") from None
+
+
+class _FromAfar(io.RawIOBase):
+    """A file of fsspec. A fault of the network is tried again where the file has ranges; a stream
+    that broke off would go on with its end, as if it were whole."""
+
+    def __init__(self, address: str, file: Any) -> None:
+        self._address, self._file = address, file
+        self._tries = None if getattr(file, "cache", None) is not None else 1
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return persistently(self._address, lambda: int(self._file.seek(offset, whence)), 1)
+
+    def readinto(self, buffer: Any) -> int:
+        part = persistently(self._address, lambda: self._file.read(len(buffer)), self._tries)
+        buffer[: len(part)] = part
+        return len(part)
 
 
 def open_bytes(path: str | Path, raw: IO[bytes] | None = None) -> IO[bytes]:

@@ -6,7 +6,8 @@
      "tokens": null | {"tokenizer_sha256", "query_prefix", "document_prefix", "max_tokens"},
      "query_chars": {bound: texts}, "document_chars": {bound: texts},
      "left_out": {reason: rows of the sources},
-     "duplicate_queries": null | {"exact": records, "near": records}}
+     "duplicate_queries": null | {"exact": records, "near": records},
+     "manifest_sha256": of all the rest, as JSON with sorted keys and without spaces}
 
 A shard holds records of one source and one language. A text of n characters is counted under the
 smallest power of two that is at least n. The index of `NAME-000000.tar` is `NAME-000000.idx`, for M
@@ -16,6 +17,8 @@ one, then M uint32 CRC-32 of the members' bytes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -23,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from drama.data.lines import parse_json
-from drama.errors import UserError
+from drama.errors import UserError, nearest
 
 FORMAT = "drama-shards"
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+CHECKSUM = "manifest_sha256"
 NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 MEND = "write the shards again with `drama shard`"
 
@@ -101,7 +105,12 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of manifest.json."""
-        return {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        value = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        return {**value, CHECKSUM: _checksum(value)}
+
+    def to_bytes(self) -> bytes:
+        """The contents of manifest.json."""
+        return json.dumps(self.to_json(), indent=1, ensure_ascii=False).encode() + b"\n"
 
     @classmethod
     def from_json(cls, content: bytes, where: str | Path) -> Manifest:
@@ -155,6 +164,10 @@ def _parse(value: Any) -> Manifest:
         raise UserError(
             f"has schema version {version}; this program reads version {SCHEMA_VERSION}; {MEND}"
         )
+    known = ("format", "schema_version", *Manifest.__dataclass_fields__, CHECKSUM)
+    for key in value:
+        if key not in known:
+            raise UserError(f"has the unknown key '{key}'{nearest(key, known)}")
     shards = tuple(_shard(item, i) for i, item in enumerate(_get(value, "shards", list)))
     if not shards:
         raise UserError("names no shards")
@@ -163,7 +176,7 @@ def _parse(value: Any) -> Manifest:
         if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise UserError(f"weights: '{source}' must map to a positive number")
     duplicates = value.get("duplicate_queries")
-    return Manifest(
+    manifest = Manifest(
         name=_get(value, "name", str),
         shards=shards,
         query_chars={int(k): n for k, n in _counts(value, "query_chars", r"\d{1,18}").items()},
@@ -175,6 +188,14 @@ def _parse(value: Any) -> Manifest:
         left_out=_counts(value, "left_out"),
         duplicate_queries=None if duplicates is None else _counts(value, "duplicate_queries"),
     )
+    if _get(value, CHECKSUM, str) != manifest.to_json()[CHECKSUM]:
+        raise UserError(f"was changed since it was written ({CHECKSUM} differs); {MEND}")
+    return manifest
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    content = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _tokens(value: Any) -> TokenSettings | None:

@@ -48,8 +48,8 @@ def payload_of(member: memoryview) -> memoryview:
     return member[TAR_BLOCK : TAR_BLOCK + int(bytes(member[124:135]), 8)]
 
 
-def check_member(member: bytes, suffix: str) -> None:
-    """Check a member without trust in who wrote it.
+def check_member(member: bytes, suffix: str) -> bytes:
+    """The contents of a member, checked without trust in who wrote it.
 
     Raises:
         UserError: not a plain file `KEY.suffix`, or of another length than its header says.
@@ -64,3 +64,4 @@ def check_member(member: bytes, suffix: str) -> None:
         raise UserError(
             f"the tar member has {info.size} bytes, the index leaves {len(member) - TAR_BLOCK}"
         )
+    return member[TAR_BLOCK : TAR_BLOCK + info.size]

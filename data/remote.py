@@ -16,16 +16,18 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from drama.errors import UserError
 
+T = TypeVar("T")
 PIECE = 2**20
 TRIES = 6
 FIRST_PAUSE_S = 0.25  # doubles with every try
 READ_TIMEOUT_S = 20.0
 THREADS = 8
 OPEN_PIECES = 256  # descriptors a process
+UNFINISHED_S = 3600.0  # an older file under a temporary name is one that a kill has left
 FINAL = (FileNotFoundError, PermissionError, ImportError, NotImplementedError)  # not tried again
 
 
@@ -46,12 +48,12 @@ class PieceCache:
         self._reset()
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._flying: dict[Path, Future[None]] = {}
-        self._opened: OrderedDict[Path, int] = OrderedDict()
+        self._opened: OrderedDict[Path, _Piece] = OrderedDict()
         self._pool: ThreadPoolExecutor | None = None
         self._written = self.max_bytes  # so that the first piece makes it look
+        self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "max_bytes": self.max_bytes}
@@ -66,23 +68,24 @@ class PieceCache:
         Raises:
             UserError: the address does not answer.
         """
-        return _persistently(address, lambda: _file_system(address)[0].cat_file(_path(address)))
+        return persistently(address, lambda: _file_system(address)[0].cat_file(_path(address)))
 
-    def read(self, address: str, key: str, size: int, piece: int) -> bytes:
-        """Piece number `piece` of a file of `size` bytes; `key` names its contents.
+    def read(self, address: str, key: str, size: int, piece: int, start: int, end: int) -> bytes:
+        """Bytes [start, end) of piece number `piece` of a file of `size` bytes.
+
+        `key` names the file's contents.
 
         Raises:
             UserError: the address does not answer, or not with what it should.
         """
         path = self._piece_path(key, piece)
-        start, end = piece * PIECE, min(size, (piece + 1) * PIECE)
         for _ in range(TRIES):
-            descriptor = self._descriptor(path)
-            if descriptor is None:
-                self._fetch(address, path, start, end).result()
-                descriptor = self._descriptor(path)
-            if descriptor is not None:  # else another process has removed it meanwhile
-                return os.pread(descriptor, end - start, 0)
+            kept = self._kept(path)
+            if kept is None:
+                self._fetch(address, path, piece * PIECE, min(size, (piece + 1) * PIECE)).result()
+                kept = self._kept(path)
+            if kept is not None:  # else another process has removed it meanwhile
+                return os.pread(kept.descriptor, end - start, start)
         raise UserError(
             f"{self.folder}: pieces vanish as soon as they are written; raise data.cache_gb"
         )
@@ -97,9 +100,7 @@ class PieceCache:
         """Remove a piece; it will be fetched again."""
         path = self._piece_path(key, piece)
         with self._own_lock():
-            descriptor = self._opened.pop(path, None)
-            if descriptor is not None:
-                os.close(descriptor)
+            self._opened.pop(path, None)
             path.unlink(missing_ok=True)
 
     def _piece_path(self, key: str, piece: int) -> Path:
@@ -110,20 +111,21 @@ class PieceCache:
             self._reset()
         return self._lock
 
-    def _descriptor(self, path: Path) -> int | None:
+    def _kept(self, path: Path) -> _Piece | None:
         with self._own_lock():
-            descriptor = self._opened.get(path)
-            if descriptor is None:
+            kept = self._opened.get(path)
+            if kept is None:
                 try:
-                    descriptor = os.open(path, os.O_RDONLY)
-                except FileNotFoundError:
+                    kept = _Piece(path)
+                except (FileNotFoundError, NotADirectoryError):
                     return None
-                os.utime(path)  # its age is the time since it was last opened
-                self._opened[path] = descriptor
+                except OSError as error:
+                    raise UserError(f"cannot read {path}: {error.strerror}") from None
+                self._opened[path] = kept
                 while len(self._opened) > OPEN_PIECES:
-                    os.close(self._opened.popitem(last=False)[1])
+                    self._opened.popitem(last=False)
             self._opened.move_to_end(path)
-            return descriptor
+            return kept
 
     def _fetch(self, address: str, path: Path, start: int, end: int) -> Future[None]:
         with self._own_lock():
@@ -136,16 +138,19 @@ class PieceCache:
             return flying
 
     def _fetch_now(self, address: str, path: Path, start: int, end: int) -> None:
-        content = _persistently(address, lambda: _range(address, start, end))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():  # it came since the caller looked
+            return
+        content = persistently(address, lambda: _range(address, start, end))
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(content)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot keep {path}: {error.strerror}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
         self._written += len(content)
         if self._written >= self.max_bytes // 16:
             self._written = 0
@@ -159,13 +164,27 @@ class PieceCache:
                 status = path.stat()
             except FileNotFoundError:
                 continue
-            found.append((status.st_mtime, status.st_size, path))
+            if path.name[0] != "." or time.time() - status.st_mtime > UNFINISHED_S:
+                found.append((status.st_mtime, status.st_size, path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self.max_bytes - self.max_bytes // 8:
                 break
             path.unlink(missing_ok=True)
             total -= size
+
+
+class _Piece:
+    """An open piece; closed when the last reader lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY)
+        os.utime(self.descriptor)  # its age is the time since it was last opened
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 class RemoteFile:
@@ -183,13 +202,12 @@ class RemoteFile:
         end = min(end, self.size)
         if end <= start:
             return b""
-        first, last = start // PIECE, (end - 1) // PIECE
-        pieces = [
-            self.cache.read(self.address, self.key, self.size, piece)
-            for piece in range(first, last + 1)
-        ]
-        skip = first * PIECE
-        return b"".join(pieces)[start - skip : end - skip]
+        parts = []
+        for piece in range(start // PIECE, (end - 1) // PIECE + 1):
+            first = piece * PIECE
+            part = max(start - first, 0), min(end - first, PIECE)
+            parts.append(self.cache.read(self.address, self.key, self.size, piece, *part))
+        return b"".join(parts)
 
     def prefetch(self, start: int, end: int) -> None:
         """Start to fetch the pieces of [start, end)."""
@@ -208,7 +226,7 @@ def _path(address: str) -> str:
 
 
 def _file_system(address: str) -> tuple[Any, str]:
-    """fsspec's file system for an address (it keeps one a process), and the path in it."""
+    """fsspec's file system for an address (it keeps one a thread), and the path in it."""
     from fsspec.core import url_to_fs
 
     options: dict[str, Any] = {}
@@ -217,7 +235,9 @@ def _file_system(address: str) -> tuple[Any, str]:
         from aiohttp import ClientTimeout
 
         timeout = ClientTimeout(total=None, sock_connect=READ_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
-        options = {"client_kwargs": {"timeout": timeout}}
+        # a range of a packed answer would not be a range of the file
+        headers = {"Accept-Encoding": "identity"}
+        options = {"client_kwargs": {"timeout": timeout, "headers": headers}}
     elif protocol in ("s3", "s3a"):
         options = {
             "config_kwargs": {
@@ -240,19 +260,24 @@ def _range(address: str, start: int, end: int) -> bytes:
     return content
 
 
-def _persistently(address: str, fetch: Callable[[], bytes]) -> bytes:
-    """Call again after a pause while the network or the server is at fault."""
-    pause, last = FIRST_PAUSE_S, ""
-    for _ in range(TRIES):
+def persistently(address: str, fetch: Callable[[], T], tries: int | None = None) -> T:
+    """Call again after a pause while the network or the server is at fault.
+
+    Raises:
+        UserError: the last fault.
+    """
+    pause, last, tries = FIRST_PAUSE_S, "", tries or TRIES
+    for number in range(tries):
         try:
             return fetch()
         except FINAL as error:
             raise UserError(f"{address} cannot be read: {_said(error)}") from None
         except (Exception, asyncio.CancelledError) as error:  # every library has its own
             last = _said(error)
-        time.sleep(pause)
+        if number < tries - 1:
+            time.sleep(pause)
         pause *= 2
-    raise UserError(f"{address} cannot be read, {TRIES} tries: {last}")
+    raise UserError(f"{address} cannot be read, {tries} tries: {last}")
 
 
 def _said(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -165,14 +165,14 @@ class _Work:
                 options.document_prefix,
                 options.max_tokens,
             )
+        self.fingerprint = self._fingerprint()
 
     @classmethod
     def of(cls, sources: Sequence[Source], options: ShardingOptions) -> _Work:
         return cls(sources, options, EvaluationSets(options.decontaminate))
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes with whatever the bytes depend on; as the sources were when the job began."""
+    def _fingerprint(self) -> str:
+        """Changes with whatever the bytes depend on, the sources as they are now."""
         options = asdict(self.options)
         del options["skip_bad"]  # a job that a bad row has stopped may go on and skip it
         parts: list[Any] = [FORMAT, options, self.tokens and asdict(self.tokens)]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import lzma
 import shutil
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 
 from drama.console import progress
 from drama.data.lines import parse_json
-from drama.data.manifest import Manifest, Shard, damaged, read_manifest
+from drama.data.manifest import MANIFEST, Manifest, Shard, damaged, read_manifest
 from drama.data.members import check_member
 from drama.data.records import Record
 from drama.data.stream import ShardSet
@@ -36,6 +37,8 @@ def verify(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if (folder / MANIFEST).read_bytes() != manifest.to_bytes():
+        raise damaged(folder / MANIFEST, "its bytes are not those that were written")
     done = 0
     with progress() as bar:
         task = bar.add_task("verify", total=manifest.num_records, note="")
@@ -47,6 +50,8 @@ def verify(folder: str | Path) -> Manifest:
             count = shard.records * manifest.members
             offsets = np.frombuffer(index, "<u8", count + 1).tolist()
             checksums = np.frombuffer(index, "<u4", count, 8 * (count + 1)).tolist()
+            if offsets[0] or offsets[-1] > shard.bytes or sorted(offsets) != offsets:
+                raise damaged(path.with_suffix(".idx"), "its places do not follow one another")
             with path.open("rb") as file:
                 for row in range(shard.records):
                     places = range(row * manifest.members, (row + 1) * manifest.members)
@@ -68,12 +73,11 @@ def _check(file: IO[bytes], places: Sequence[tuple[int, int, int]]) -> None:
     for (start, end, checksum), suffix in zip(places, (".json", ".tok"), strict=False):
         file.seek(start)
         member = file.read(end - start)
-        check_member(member, suffix)
-        size = int(member[124:135], 8)
+        payload = check_member(member, suffix)
         if record is None:
-            record = Record.from_json(parse_json(member[512 : 512 + size]))
+            record = Record.from_json(parse_json(payload))
         else:
-            _check_tokens(record, member[512 : 512 + size])
+            _check_tokens(record, payload)
         if crc32(member) != checksum:
             raise UserError("its checksum differs, these are not the bytes that were written")
 
@@ -83,7 +87,7 @@ def _check_tokens(record: Record, payload: bytes) -> None:
         tokens = TokenRecord.from_bytes(payload)
         rows = [row.tolist() for row in tokens.rows()]
         whole = TokenRecord.of(record, rows).to_bytes() == payload
-    except (ValueError, OverflowError, MemoryError):
+    except (ValueError, OverflowError, MemoryError, struct.error):
         whole = False
     if not whole:
         raise UserError("its token ids do not belong to its texts")

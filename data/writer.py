@@ -237,7 +237,7 @@ class FolderWriter:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json: from now on the folder is one of shards."""
     with replacing(folder / MANIFEST) as path:
-        path.write_text(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n")
+        path.write_bytes(manifest.to_bytes())
 
 
 def check_name(name: str) -> None:
