@@ -64,7 +64,7 @@ def _counts(manifest: Manifest, key: str) -> Table:
     most = max(counts.values())
     for name, count in sorted(counts.items(), key=lambda item: -item[1]):
         share = f"{count / manifest.num_records:.1%}"
-        row = [name or "(none)", f"{count:,}", share, _bar(count, most)]
+        row: list[RenderableType] = [Text(name or "(none)"), f"{count:,}", share, _bar(count, most)]
         if manifest.weights:
             row.append(f"{manifest.weights[name]:g}" if name in manifest.weights else "")
         table.add_row(*row)

@@ -149,9 +149,11 @@ def to_jsonl(folders: Sequence[str | Path], out: str | Path) -> int:
     """Write the records as JSON lines, packed as the name says (.gz, .xz, .zst); return how many.
 
     Raises:
-        UserError: damaged shards.
+        UserError: damaged shards, or `out` is a folder.
     """
     records, out = ShardSet(folders), Path(out)
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; give the name of a file, for example {out}/all.jsonl")
     with replacing(out) as temporary, progress() as bar:
         task = bar.add_task("convert", total=len(records), note=out.name)
         with _packed(temporary, out.suffix) as file:
@@ -166,7 +168,8 @@ def to_jsonl(folders: Sequence[str | Path], out: str | Path) -> int:
 
 def _packed(path: Path, suffix: str) -> IO[bytes]:
     if suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "wb"))
+        # no name and no date inside: the same bytes for the same records
+        return cast(IO[bytes], gzip.GzipFile("", "wb", fileobj=path.open("wb"), mtime=0))
     if suffix == ".xz":
         return cast(IO[bytes], lzma.open(path, "wb"))
     if suffix == ".zst":

@@ -345,6 +345,7 @@ def test_threads_while_pieces_are_forgotten_and_few_are_open(server, cache, reco
         while not done.is_set():
             for number in range(len(shards.shards)):
                 shards._open(number).file.forget(0, 10**6)
+                time.sleep(0.01)
 
     with ThreadPoolExecutor(9) as pool:
         forgetting = pool.submit(forget)

@@ -32,20 +32,8 @@ from drama.tokenizer import TextEncoder, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SCIFACT = ROOT / "data" / "demo" / "scifact"
-WORDS = [
-    "bees",
-    "bread",
-    "tides",
-    "moons",
-    "honey",
-    "yeast",
-    "ocean",
-    "colony",
-    "baker",
-    "storm",
-    "light",
-    "river",
-]
+WORDS = ["bees", "bread", "tides", "moons", "honey", "yeast"]
+WORDS += ["ocean", "colony", "baker", "storm", "light", "river"]
 
 
 def rows(count, seed=0, sources=("",), langs=("",)):
