@@ -106,6 +106,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The JSON object of manifest.json."""
         value = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        for key in ("query_chars", "document_chars"):
+            value[key] = {str(bound): count for bound, count in value[key].items()}
         return {**value, CHECKSUM: _checksum(value)}
 
     def to_bytes(self) -> bytes:
@@ -188,13 +190,16 @@ def _parse(value: Any) -> Manifest:
         left_out=_counts(value, "left_out"),
         duplicate_queries=None if duplicates is None else _counts(value, "duplicate_queries"),
     )
-    if _get(value, CHECKSUM, str) != manifest.to_json()[CHECKSUM]:
+    if _get(value, CHECKSUM, str) != _checksum({k: v for k, v in value.items() if k != CHECKSUM}):
         raise UserError(f"was changed since it was written ({CHECKSUM} differs); {MEND}")
     return manifest
 
 
 def _checksum(value: dict[str, Any]) -> str:
-    content = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    try:
+        content = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    except RecursionError:
+        raise UserError("is nested too deeply") from None
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -284,6 +284,15 @@ def test_a_manifest_for_the_parser(whole, tmp_path, deep):
     assert "invalid JSON" in check(folder, records, tokens)
 
 
+@pytest.mark.parametrize("depth", [900, 990, 995, 20_000])
+def test_deep_values_where_nothing_looks(whole, tmp_path, depth):
+    files, records, tokens = whole
+    deep = b'"shards": [\n  {\n   "more": ' + b"[" * depth + b"]" * depth + b","
+    content = files["manifest.json"].replace(b'"shards": [\n  {', deep)
+    assert content != files["manifest.json"]
+    assert check(laid_out(files | {"manifest.json": content}, tmp_path / "out"), records, tokens)
+
+
 def test_a_manifest_older_or_newer_than_its_shards(tmp_path):
     """As when a copy of a folder was interrupted: same names, other contents."""
     old, new = list(sample()), list(sample())
