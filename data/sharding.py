@@ -12,7 +12,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import mmap
 import multiprocessing
 import os
 import shutil
@@ -29,7 +28,7 @@ from functools import lru_cache
 from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -396,14 +395,13 @@ class _Queries:
     def __call__(self, shard: int, row: int) -> str:
         tar, offsets = self._open(shard)
         start, end = offsets[row * self.members : row * self.members + 2]
-        member = memoryview(tar[int(start) : int(end)])
+        member = memoryview(os.pread(tar.fileno(), int(end - start), int(start)))
         query: str = parse_json(bytes(payload_of(member)))["query"]
         return query
 
-    def _open_shard(self, number: int) -> tuple[mmap.mmap, np.ndarray]:
+    def _open_shard(self, number: int) -> tuple[IO[bytes], np.ndarray]:
         shard = self.files[number]
-        with (self.folder / shard.file).open("rb") as file:
-            tar = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        tar = (self.folder / shard.file).open("rb", buffering=0)
         count = shard.records * self.members + 1
         return tar, np.memmap(self.folder / shard.idx_file, "<u8", "r", shape=count)
 
