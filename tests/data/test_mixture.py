@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from drama.data.order import LaneOrder
 from drama.data.records import Document, Record
 from drama.data.shards import merge
 from drama.data.stream import ShardSet
-from drama.data.writer import write_shards
+from drama.data.writer import write_manifest, write_shards
 from drama.errors import UserError
 
 
@@ -257,9 +258,8 @@ def test_weights_in_the_shards_make_a_mixture(tmp_path: Path) -> None:
     assert isinstance(given_, Mixture)
     assert given_.shares_G.tolist() == [0.75, 0.25]  # one that is not named has weight 1
     for name, weight in (("heavy", 3.0), ("light", 0.5)):
-        path = tmp_path / name / "manifest.json"
-        write_shards(records["a"], tmp_path / name)
-        path.write_text(path.read_text().replace('"weights": {}', f'"weights": {{"a": {weight}}}'))
+        manifest = write_shards(records["a"], tmp_path / name)
+        write_manifest(tmp_path / name, replace(manifest, weights={"a": weight}))
     write_shards(records["b"], tmp_path / "b")
     both = ShardSet([tmp_path / "heavy", tmp_path / "b"])
     found = training_order(both, weights={}, **options)
