@@ -137,10 +137,9 @@ class TokenRecords:
         at_X = self._first_B[of_X] + row_X
         full_X, starts_X = self._lengths[at_X], self._starts[at_X]
         lengths_X = np.minimum(full_X, limit_X)
-        ends_X = np.cumsum(lengths_X)
-        total = int(ends_X[-1])
-        source = np.arange(total) + np.repeat(starts_X - (ends_X - lengths_X), lengths_X)
-        tokens = self._words[source].view(np.int32)
+        places = zip(starts_X.tolist(), (starts_X + lengths_X).tolist(), strict=True)
+        # slices: an index for every token would be twice the tokens' own bytes
+        tokens = np.concatenate([self._words[start:stop] for start, stop in places]).view(np.int32)
         cut_X = full_X > limit_X
-        tokens[ends_X[cut_X] - 1] = eos
+        tokens[np.cumsum(lengths_X)[cut_X] - 1] = eos
         return tokens, lengths_X, int(cut_X.sum())
