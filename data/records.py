@@ -9,7 +9,6 @@ JSON form (unknown keys are errors, so that a misspelt `negative` cannot vanish)
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from drama.errors import UserError, nearest
 
 RECORD_KEYS = ("query", "positives", "negatives", "query_id", "prompt", "source", "lang", "scores")
 DOCUMENT_KEYS = ("id", "title", "text")
+MAX_SCORE = 1e300
 MAX_CHARS = 2**24  # of one text; more is a file that was taken for a text
 
 
@@ -204,8 +204,8 @@ def _scores(value: Any, documents: Iterable[Document]) -> dict[str, float]:
             raise UserError(f"scores names document '{key}', which the record does not hold")
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise UserError(f"scores['{key}'] must be a number, not {_type_name(score)}")
-        if not math.isfinite(score):
-            raise UserError(f"scores['{key}'] is {score}, not a finite number")
+        if not abs(score) <= MAX_SCORE:
+            raise UserError(f"scores['{key}'] is {str(score)[:40]}, not a finite number")
     return {key: float(score) for key, score in value.items()}
 
 

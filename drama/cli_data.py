@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from drama.console import console
 from drama.errors import UserError
@@ -78,6 +79,11 @@ def shard(
     from drama.data.sharding import ShardingOptions, shard_sources
     from drama.data.sources import Source
 
+    given = click.get_current_context().get_parameter_source
+    for key in ("query_prefix", "document_prefix", "max_tokens"):
+        if options["tokenizer"] is None and given(key) is ParameterSource.COMMANDLINE:
+            name = key.replace("_", "-")
+            raise UserError(f"--{name} is for token ids; give --tokenizer too, or leave it out")
     outcome = shard_sources(
         [Source.parse(source) for source in sources],
         out,

@@ -229,6 +229,7 @@ def bad(here):
         ("shard a.jsonl --out x --shard-size 0MB", "size '0MB'"),
         ("shard a.jsonl --out x --tokenizer none", "none: no tokenizer"),
         ("shard a.jsonl --out x --decontaminate mine", "mine is no BEIR folder"),
+        ("shard a.jsonl --out x --max-tokens 9", "--max-tokens is for token ids; give --tokenizer"),
         ("shard http://127.0.0.1:9/x.jsonl --out x", "http://127.0.0.1:9/x.jsonl"),
         ("shard nonsense://x.jsonl --out x", "nonsense://x.jsonl"),
         ("shards none", "none is no folder of shards"),

@@ -74,6 +74,7 @@ def test_hash64_fits_an_int64_tensor_and_tells_ids_apart():
         (record(scores={"zzz": 1.0}), "scores names document 'zzz'"),
         (record(scores={Document("p").id: "1"}), "must be a number, not a string"),
         (record(scores={Document("p").id: float("nan")}), "is nan, not a finite number"),
+        (record(scores={Document("p").id: 10**400}), "is 1000000000.*, not a finite number"),
     ],
 )
 def test_a_fault_is_named(value, message):
