@@ -79,7 +79,7 @@ def main(
             for metric in several[0]:
                 values = [figure[metric] for figure in several]
                 if any(values):
-                    rows.add(way, kind, metric, f"{records} records", values, {"cores": 1})
+                    rows.add(way, kind, metric, f"{records} records", values, bench.library(way))
                     console.print(f"{way}, {kind}: {metric} {bench.mean_and_spread(values)}")
         rows.write(out)
 
@@ -87,7 +87,14 @@ def main(
             for share in (0.01, 0.5, 0.99):
                 what = {"way": way, "kind": "text", "folder": whole, "share": share}
                 values = [bench.alone("resume", **what)["seconds"] for _ in range(rounds)]
-                rows.add(way, "resume", "seconds", f"{share:.0%} of {records}", values, {})
+                rows.add(
+                    way,
+                    "resume",
+                    "seconds",
+                    f"{share:.0%} of {records}",
+                    values,
+                    bench.library(way),
+                )
                 console.print(f"{way}, at {share:.0%}: {bench.mean_and_spread(values)} s")
         rows.write(out)
 
@@ -104,7 +111,9 @@ def main(
             for way in ways:
                 for metric, value in bench.killed(way, folder / "small", Path(kills)).items():
                     about = f"{sizes['small']} records, 2 then 3 ranks"
-                    rows.add(way, "kill -9", f"records {metric}", about, [value], {})
+                    rows.add(
+                        way, "kill -9", f"records {metric}", about, [value], bench.library(way)
+                    )
                     console.print(f"{way}, killed: {value:,} records {metric}")
         rows.write(out)
 

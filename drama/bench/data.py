@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -159,9 +160,15 @@ def read_mosaic(folder: Path, kind: str, first: int = 0) -> Reader:
         local=str(folder / f"mds-{kind}"), shuffle=True, batch_size=1, num_canonical_nodes=1
     )
     if first:
-        dataset.load_state_dict(dataset.state_dict(first, from_beginning=True))
+        dataset.load_state_dict(_mosaic_state(dataset, first))
     for sample in dataset:
         yield sample["id"], _parse(kind, sample["payload"])
+
+
+def _mosaic_state(dataset: Any, done: int) -> dict[str, Any]:
+    """Its own state after `done` records of the first epoch, in which a new set is not yet."""
+    state: dict[str, Any] = dataset.state_dict(done, from_beginning=True)
+    return state | {"epoch": 0}
 
 
 def read_datasets(folder: Path, kind: str, first: int = 0) -> Reader:
@@ -270,14 +277,18 @@ def rank_batches(way: str, folder: Path, step: int) -> Iterator[list[str]]:
         return
     size = KILL_BATCH // world
     if way == "mosaicml-streaming":
+        import torch.distributed as dist
         from streaming import StreamingDataset
 
+        dist.init_process_group("gloo")
         dataset = StreamingDataset(
             local=str(folder / "mds-text"), shuffle=True, batch_size=size, num_canonical_nodes=1
         )
         if step:
-            done = step * KILL_BATCH
-            dataset.load_state_dict(dataset.state_dict(done, from_beginning=True))
+            state = _mosaic_state(dataset, step * KILL_BATCH)
+            dist.barrier()  # the state goes through shared memory, which all of them read
+            dataset.load_state_dict(state)
+            dist.barrier()
         ids = (sample["id"] for sample in dataset)
     elif way == "webdataset":  # no state: it starts over
         import webdataset
@@ -297,13 +308,13 @@ def rank_batches(way: str, folder: Path, step: int) -> Iterator[list[str]]:
 
 
 def run_rank(way: str, folder: Path, out: Path, step: int) -> None:
-    """Write what a rank reads, a line a step; the first rank notes every 20th step as saved."""
+    """Write what a rank reads, a line a step, and note every 20th step as saved."""
     rank = int(os.environ["RANK"])
     with (out / f"rank{rank}.log").open("w", encoding="ascii", buffering=1) as log:
         for at, ids in enumerate(rank_batches(way, folder, step), step):
             log.write(f"{at} {' '.join(ids)}\n")
-            if rank == 0 and (at + 1) % STATE_EVERY == 0:
-                with replacing(out / "saved") as temporary:
+            if (at + 1) % STATE_EVERY == 0:
+                with replacing(out / f"saved{rank}") as temporary:
                     temporary.write_text(str(at + 1), encoding="ascii")
 
 
@@ -318,14 +329,9 @@ def killed(way: str, folder: Path, scratch: Path) -> dict[str, float]:
         out.mkdir()
         ranks = _start_ranks(way, folder, out, world, saved)
         if world == 2:
-            halfway = total // KILL_BATCH // 2
-            while not (out / "saved").exists() or int((out / "saved").read_text()) < halfway:
-                if any(rank.poll() is not None for rank in ranks):
-                    raise UserError(f"{way}: a rank ended early, see {out}")
-                time.sleep(0.01)
+            saved = _wait_for_steps(out, ranks, total // KILL_BATCH // 4)
             for rank in ranks:
                 rank.send_signal(signal.SIGKILL)
-            saved = int((out / "saved").read_text())
         if any(rank.wait() not in (0, -signal.SIGKILL) for rank in ranks):
             raise UserError(f"{way}: a rank failed, see {out}")
         for path in out.glob("rank*.log"):
@@ -338,6 +344,17 @@ def killed(way: str, folder: Path, scratch: Path) -> dict[str, float]:
         "repeated": sum(seen.values()) - len(seen),
         "lost": max(0, total - len(seen) - most_left_out),
     }
+
+
+def _wait_for_steps(out: Path, ranks: Sequence[subprocess.Popen[bytes]], least: int) -> int:
+    """The last step that every rank has saved, once that is `least`."""
+    while True:
+        steps = [int(path.read_text(encoding="ascii")) for path in out.glob("saved?")]
+        if len(steps) == len(ranks) and min(steps) >= least:
+            return min(steps)
+        if any(rank.poll() not in (None, 0) for rank in ranks):
+            raise UserError(f"a rank failed, see {out}")
+        time.sleep(0.01)
 
 
 def _start_ranks(
@@ -400,6 +417,11 @@ def ways() -> Sequence[str]:
         else:
             found.append(way)
     return found
+
+
+def library(way: str) -> dict[str, str]:
+    """Name and version, for the rows."""
+    return {} if way.startswith("ours") else {way: metadata.version(way)}
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
