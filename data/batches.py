@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from drama.data.draws import draw_documents
+from drama.data.manifest import DAMAGED
 from drama.data.packing import Row, TokenRows
 from drama.data.records import Record, content_id, document_hash64, query_hash64
 from drama.data.stream import ShardSet
@@ -24,7 +25,6 @@ from drama.errors import UserError
 from drama.tokenizer import TextEncoder, tokenizer_sha256
 
 T = TypeVar("T")
-READ_FAULTS = ("damaged shard", "not readable")
 
 
 @dataclass(frozen=True)
@@ -214,10 +214,10 @@ class RankBatches(Dataset[RankBatch]):
                 found.append(read(index))
                 kept.append(place)
             except UserError as error:
-                if self.on_bad == "stop":
+                # a server that is away or a full disk would else empty the batches
+                if self.on_bad == "stop" or error.reason != DAMAGED:
                     raise
-                reason = error.reason if error.reason in READ_FAULTS else READ_FAULTS[-1]
-                bad.append(BadRecord(index, reason, str(error)))
+                bad.append(BadRecord(index, error.reason, str(error)))
         if not found:
             raise UserError(f"every record of a batch is bad, the last one: {bad[-1].message}")
         return found, kept, bad

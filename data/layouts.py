@@ -18,6 +18,7 @@ from drama.data.records import Document
 from drama.errors import UserError
 
 Row = dict[str, Any]
+KEPT = ("query_id", "prompt", "lang")  # of whatever layout, where a row has them
 
 
 def layout_of(row: Row) -> str:
@@ -39,7 +40,11 @@ def convert(layout: str, row: Row) -> Row:
     Raises:
         UserError: a key of the layout is missing or of the wrong type.
     """
-    return LAYOUTS[layout][1](row)
+    record = LAYOUTS[layout][1](row)
+    for key in KEPT:
+        if key not in record and isinstance(row.get(key), str):
+            record[key] = row[key]
+    return record
 
 
 def without_nulls(value: Any) -> Any:

@@ -21,7 +21,8 @@ XZ_MAGIC = b"\xfd7zXZ\x00"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 READ_CHARS, READ_BYTES = 2**16, 2**18
 MAX_ITEM_CHARS = 2**26
-_SEPARATORS = re.compile(r"[\s,\[\ufeff]*")  # before an item, which is an object
+_ARRAY = re.compile(r"[\s\ufeff]*\[")
+_COMMA = re.compile(r"\s*,?\s*")
 UTF8_BOM = b"\xef\xbb\xbf"
 PACKED_SUFFIXES = ("", ".gz", ".xz", ".zst")
 
@@ -197,11 +198,21 @@ def read_array(file: IO[bytes]) -> Iterator[dict[str, Any]]:
         UserError: invalid JSON or UTF-8, or an item that is no object or has more than 64 MiB.
     """
     text, decode = codecs.getreader("utf-8")(file), json.JSONDecoder().raw_decode
-    buffer, at, size = "", 0, READ_CHARS
+    size = READ_CHARS
     try:
+        buffer = text.read(size)
+        start = _ARRAY.match(buffer)
+        if start is None:
+            raise UserError("no JSON array")
+        at = start.end()
         while True:
-            at = _SEPARATORS.match(buffer, at).end()  # type: ignore[union-attr]
+            at = _COMMA.match(buffer, at).end()  # type: ignore[union-attr]
             if buffer[at : at + 1] == "]":
+                rest = buffer[at + 1 :]
+                while rest:
+                    if rest.strip():
+                        raise UserError("something follows the end of the JSON array")
+                    rest = text.read(READ_CHARS)
                 return
             try:
                 item, at = decode(buffer, at)

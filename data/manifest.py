@@ -12,7 +12,8 @@
 A shard holds records of one source and one language. A text of n characters is counted under the
 smallest power of two that is at least n. The index of `NAME-000000.tar` is `NAME-000000.idx`, for M
 members: M + 1 little-endian uint64 byte offsets, of each member's header and of the end of the last
-one, then M uint32 CRC-32 of the members' bytes.
+one, then M uint32 CRC-32 of the members' bytes, then the tar's SHA-256: a reader knows by it that
+index and manifest belong together, without reading all of it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from drama.errors import UserError, nearest
 
 FORMAT = "drama-shards"
 SCHEMA_VERSION = 2
+SHA256_BYTES = 32
+DAMAGED = "damaged shard"
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest_sha256"
 NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
@@ -38,7 +41,7 @@ MEND = "write the shards again with `drama shard`"
 
 def damaged(where: str | Path, fault: str) -> UserError:
     """The error for shards whose bytes are not what was written."""
-    return UserError(f"{where}: {fault}; {MEND}", "damaged shard")
+    return UserError(f"{where}: {fault}; {MEND}", DAMAGED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class Manifest:
 
     def idx_bytes(self, shard: Shard) -> int:
         """The size of a shard's index."""
-        return 12 * shard.records * self.members + 8
+        return 12 * shard.records * self.members + 8 + SHA256_BYTES
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of manifest.json."""

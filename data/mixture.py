@@ -278,7 +278,7 @@ def _groups(shards: Sequence[Shard], seed: int, by_language: bool, **sizes: int)
     for (source, lang), numbers in sorted(members.items()):
         name = f"{source or '(none)'} [{lang}]" if lang else source or "(none)"
         records = [shards[n].records for n in numbers]
-        lanes = min(sizes["lanes"], sum(records))
+        lanes = _lanes(sizes["lanes"], sum(records))
         own_seed = hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]
         groups.append(
             _Group(
@@ -297,6 +297,12 @@ def _groups(shards: Sequence[Shard], seed: int, by_language: bool, **sizes: int)
             )
         )
     return groups
+
+
+def _lanes(most: int, records: int) -> int:
+    """So many lanes that an epoch leaves out few records: those that do not fill the lanes."""
+    most = min(most, records)
+    return min(range(max(1, most // 2), most + 1), key=lambda lanes: (records % lanes, -lanes))
 
 
 def _shares(

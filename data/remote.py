@@ -52,6 +52,8 @@ class PieceCache:
         self._flying: dict[Path, Future[None]] = {}
         self._opened: OrderedDict[Path, _Piece] = OrderedDict()
         self._pool: ThreadPoolExecutor | None = None
+        self._waiter: ThreadPoolExecutor | None = None
+        self._waiting: Future[None] | None = None
         self._written = self.max_bytes  # so that the first piece makes it look
         self._pid = os.getpid()
 
@@ -95,6 +97,15 @@ class PieceCache:
         path = self._piece_path(key, piece)
         if not path.exists():
             self._fetch(address, path, piece * PIECE, min(size, (piece + 1) * PIECE))
+
+    def background(self, work: Callable[[], None]) -> None:
+        """Run something that may wait for pieces, one at a time; its faults are dropped. What has
+        not begun when the next one comes is too late to be of use."""
+        with self._own_lock():
+            self._waiter = self._waiter or ThreadPoolExecutor(1, "drama-prefetch")
+            if self._waiting is not None:
+                self._waiting.cancel()
+            self._waiting = self._waiter.submit(work)
 
     def forget(self, key: str, piece: int) -> None:
         """Remove a piece; it will be fetched again."""
@@ -152,7 +163,7 @@ class PieceCache:
         except OSError as error:
             raise UserError(f"cannot keep {path}: {error.strerror}") from None
         self._written += len(content)
-        if self._written >= self.max_bytes // 16:
+        if self._written >= self.max_bytes // 128:
             self._written = 0
             self._remove_oldest()
 

@@ -32,7 +32,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from drama.console import progress
+from drama.console import console, progress
 from drama.data.contamination import EvaluationSets
 from drama.data.duplicates import Duplicates, count_duplicates, fingerprint, place
 from drama.data.lines import parse_json
@@ -51,7 +51,7 @@ from drama.data.writer import (
     write_manifest,
 )
 from drama.errors import UserError
-from drama.files import replacing
+from drama.files import recovered, replacing
 from drama.tokenizer import TextEncoder, load_tokenizer, tokenizer_sha256
 
 CHUNK_ROWS = 256
@@ -130,6 +130,7 @@ def shard_sources(
     check_name(options.name)
     _check_names(sources)
     work = _Work.of(sources, options)
+    recovered(out)
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
@@ -229,7 +230,11 @@ class _Job:
         self.share_read: float | None = None
         options = work.options
         self.writer = FolderWriter(folder, options.name, options.shard_bytes, work.tokens)
-        if not self._resumed():
+        if self._resumed():
+            console.print(f"going on after row {self.rows_in_all:,}")
+        else:
+            if (folder / JOURNAL).exists():
+                console.print(f"{folder} is of another job or other files; starting anew")
             for path in folder.iterdir():
                 if path.name != LOCK:
                     path.unlink()
@@ -268,8 +273,10 @@ class _Job:
         """
         if self.writer.num_records:
             self._note()
-        weights = {s.name: s.weight for s in self.work.sources if s.weight is not None}
-        manifest = self.writer.finish(weights=weights, left_out=dict(sorted(self.left_out.items())))
+        manifest = self.writer.finish(left_out=dict(sorted(self.left_out.items())))
+        written = manifest.counts("source")  # a source may have lost all its records
+        weights = {s.name: s.weight for s in self.work.sources if s.weight and s.name in written}
+        manifest = dataclasses.replace(manifest, weights=weights)
         self.close()
         duplicates = count_duplicates(self.folder / QUERIES, _Queries(self.folder, manifest))
         counts = {"exact": duplicates.exact, "near": duplicates.near}
@@ -294,7 +301,8 @@ class _Job:
             self.left_out[result.reason] += 1
             self.skipped += bool(result.error)
             line = {"where": result.where, "reason": result.reason, "error": result.error}
-            self.bad.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            text = json.dumps(line, ensure_ascii=False)
+            self.bad.write(text.encode(errors="backslashreplace") + b"\n")
         else:
             self.queries.write(place(result.query, *self.writer.add(result.record)))
 
@@ -335,7 +343,7 @@ class _Job:
             size = 0
             for where, row in islice(rows, skip, None):
                 part.append((where, row))
-                size += len(row) if isinstance(row, bytes) else CHUNK_BYTES // CHUNK_ROWS
+                size += _size(row)
                 if len(part) == CHUNK_ROWS or size >= CHUNK_BYTES:
                     self.share_read = rows.share_read
                     yield _Chunk(number, rows.layout, first, part)
@@ -438,6 +446,15 @@ def _check_names(sources: Sequence[Source]) -> None:
                 "them: NAME=PATH"
             )
         paths[source.name] = source.path
+
+
+def _size(row: Any) -> int:
+    """About how many bytes a row, parsed or not, takes."""
+    if isinstance(row, str | bytes):
+        return len(row)
+    if isinstance(row, dict):
+        row = list(row.values())
+    return 8 + sum(map(_size, row)) if isinstance(row, list) else 8
 
 
 def _stamp(path: str) -> list[Any]:

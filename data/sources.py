@@ -22,6 +22,7 @@ from typing import IO, Any
 from drama.data.beir import is_beir, qrels_splits, read_corpus, read_qrels, read_queries
 from drama.data.layouts import Row, convert, layout_of, without_nulls
 from drama.data.lines import (
+    UTF8_BOM,
     is_url,
     open_bytes,
     open_raw,
@@ -43,7 +44,7 @@ Raw = bytes | Row  # a line as it stands in its file, or a parsed row
 
 @dataclass(frozen=True)
 class Source:
-    """One named source. `weight` is its share in a mixture, None for its share of the records."""
+    """One named source. `weight` is its share in a mixture, None where none was given."""
 
     path: str
     name: str
@@ -127,7 +128,7 @@ class Rows:
             first = open_bytes(path).read(4096) if start else b""
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             raise UserError(f"{path}: the compressed file is cut or damaged: {error}") from None
-        if first.lstrip()[:1] == b"[":
+        if first.removeprefix(UTF8_BOM).lstrip()[:1] == b"[":
             return _array_rows(path, open_bytes(path, self._raw))
         return ((f"{path}:{n}", line) for n, line in read_raw_lines(path, self._raw))
 
@@ -139,7 +140,10 @@ def to_record(layout: str, row: Raw, source: Source) -> Record:
         UserError: what is wrong with the row; the caller knows where it stands.
     """
     value = row if isinstance(row, dict) else parse_object(row)
-    record = Record.from_json(convert(layout or layout_of(value), value))
+    try:
+        record = Record.from_json(convert(layout or layout_of(value), value))
+    except RecursionError:
+        raise UserError("a value is nested too deeply", "invalid JSON") from None
     name = source.name if source.named else record.source or source.name
     return record if record.source == name else dataclasses.replace(record, source=name)
 

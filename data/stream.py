@@ -13,14 +13,24 @@ from typing import Any, Protocol
 from zlib import crc32
 
 from drama.data.lines import is_url, parse_json
-from drama.data.manifest import MANIFEST, Manifest, Shard, TokenSettings, damaged, read_manifest
+from drama.data.manifest import (
+    MANIFEST,
+    SHA256_BYTES,
+    Manifest,
+    Shard,
+    TokenSettings,
+    damaged,
+    read_manifest,
+)
 from drama.data.members import payload_of
 from drama.data.records import Record
 from drama.data.remote import PieceCache, RemoteFile
 from drama.data.tokens import TokenRecord
 from drama.errors import UserError
 
-OPEN_SHARDS = 128  # per process; two descriptors would else be held for every shard of a corpus
+OPEN_SHARDS = 256  # per process; a descriptor would else be held for every shard of a corpus
+INDEX_ROWS = 256  # records whose places are read at a time: a block of the order
+INDEX_BLOCKS = 4096  # of these are kept, 6 KB each: what the windows of 64 lanes go through
 
 
 class _File(Protocol):
@@ -45,7 +55,7 @@ class ShardSet:
     def __init__(self, paths: Sequence[str | Path], cache: PieceCache | None = None) -> None:
         if not paths:
             raise UserError("no folder of shards was given")
-        self._cache = cache or PieceCache()
+        self.cache = cache or PieceCache()
         self.manifests = [self._manifest(path) for path in paths]
         self._shards: list[tuple[str | Path, Shard, int]] = []
         for path, manifest in zip(paths, self.manifests, strict=True):
@@ -78,9 +88,11 @@ class ShardSet:
 
     def _make_caches(self) -> None:
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self._places = lru_cache(maxsize=INDEX_BLOCKS)(self._read_places)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_open"}
+        caches = ("_open", "_places")
+        return {key: value for key, value in self.__dict__.items() if key not in caches}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -112,78 +124,122 @@ class ShardSet:
         return self._member(index, 1)
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Start to fetch what these records need from afar; returns at once."""
-        for index in indices:
-            number = bisect_right(self._ends, index)
-            file, shard, members = self._shards[number]
-            if is_url(file):
-                row = (index - self._ends[number] + shard.records) * members
-                opened = self._open(number)
-                start, end = opened.offsets[row], opened.offsets[row + members]
-                assert isinstance(opened.file, RemoteFile)
-                opened.file.prefetch(start, end)
+        """Start to fetch what these records need from afar; returns at once. A fault shows when the
+        record is read."""
+        self.cache.background(lambda: self._prefetch(list(indices)))
 
-    def _member(self, index: int, which: int) -> bytes:
+    def _prefetch(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            number, row = self._place(index)
+            file, members = self._open(number), self._shards[number][2]
+            if isinstance(file, RemoteFile):
+                offsets, _ = self._places(number, row // INDEX_ROWS)
+                place = row % INDEX_ROWS * members
+                file.prefetch(offsets[place], offsets[place + members])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the shard, and row in it."""
         if not 0 <= index < self._ends[-1]:
             raise IndexError(f"record {index} of {len(self)}")
         number = bisect_right(self._ends, index)
-        file, shard, members = self._shards[number]
-        row = index - self._ends[number] + shard.records
-        opened = self._open(number)
-        place = row * members + which
-        start, end = opened.offsets[place], opened.offsets[place + 1]
-        member = opened.file.pread(start, end)
-        if crc32(member) != opened.checksums[place]:
-            if opened.file.forget(start, end):  # the copy here may be at fault
-                member = opened.file.pread(start, end)
-            if len(member) < end - start:
-                fault = f"truncated: {len(member)} of {end - start} bytes are there"
-                raise damaged(f"{file}: record {row} at byte {start}", fault)
-            if crc32(member) != opened.checksums[place]:
-                fault = "its checksum differs, these are not the bytes that were written"
-                raise damaged(f"{file}: record {row} at byte {start}", fault)
+        return number, index - self._ends[number] + self._shards[number][1].records
+
+    def _member(self, index: int, which: int) -> bytes:
+        number, row = self._place(index)
+        member, fault = self._read(number, row, which)
+        if fault and self._forget(number, row, which):  # the copy here may be at fault
+            member, fault = self._read(number, row, which)
+        if fault:
+            path = self._shards[number][0]
+            raise damaged(
+                f"{path}: record {row} at byte {self._span(number, row, which)[0]}", fault
+            )
         return member
+
+    def _read(self, number: int, row: int, which: int) -> tuple[bytes, str]:
+        """A member's bytes and what is wrong with them."""
+        start, end, checksum = self._span(number, row, which)
+        if not start < end <= self._shards[number][1].bytes:
+            return b"", "its index leads elsewhere"
+        member = self._open(number).pread(start, end)
+        if len(member) < end - start:
+            return b"", f"truncated: {len(member)} of {end - start} bytes are there"
+        if crc32(member) != checksum:
+            return b"", "its checksum differs, these are not the bytes that were written"
+        return member, ""
+
+    def _forget(self, number: int, row: int, which: int) -> bool:
+        """Drop the copies of a member and its place; whether there were any."""
+        file = self._open(number)
+        if not isinstance(file, RemoteFile):
+            return False
+        self._index(number).forget(0, self._index_bytes(number))
+        self._places.cache_clear()
+        start, end, _ = self._span(number, row, which)
+        return file.forget(start, min(end, file.size))
+
+    def _span(self, number: int, row: int, which: int) -> tuple[int, int, int]:
+        """Start, end and CRC-32 of a member."""
+        offsets, checksums = self._places(number, row // INDEX_ROWS)
+        place = row % INDEX_ROWS * self._shards[number][2] + which
+        return offsets[place], offsets[place + 1], checksums[place]
+
+    def _read_places(self, number: int, block: int) -> tuple[memoryview, memoryview]:
+        """Offsets and checksums of some neighbouring records, a whole index being megabytes.
+
+        Nothing else vouches for an index here: places that are wrong give bytes whose checksum
+        differs.
+        """
+        _, shard, members = self._shards[number]
+        count = shard.records * members
+        first = block * INDEX_ROWS * members
+        stop = min(first + INDEX_ROWS * members, count)
+        index, checksums_at = self._index(number), 8 * (count + 1)
+        spans = ((8 * first, 8 * (stop + 1)), (checksums_at + 4 * first, checksums_at + 4 * stop))
+        expected = 12 * (stop - first) + 8
+        offsets, checksums = (index.pread(*span) for span in spans)
+        whole = len(offsets) + len(checksums) == expected
+        if not whole and index.forget(0, self._index_bytes(number)):  # the copy may be at fault
+            offsets, checksums = (index.pread(*span) for span in spans)
+        if len(offsets) + len(checksums) != expected:
+            raise damaged(f"{self._shards[number][0]}", "its index is truncated")
+        # plain integers come out of these three times as fast as out of numpy's arrays
+        return memoryview(offsets).cast("Q"), memoryview(checksums).cast("I")
 
     def _manifest(self, path: str | Path) -> Manifest:
         if not is_url(path):
             return read_manifest(path)
         address = f"{str(path).rstrip('/')}/{MANIFEST}"
-        return Manifest.from_json(self._cache.whole(address), address)
+        return Manifest.from_json(self.cache.whole(address), address)
 
-    def _open_shard(self, number: int) -> _OpenShard:
-        path, shard, members = self._shards[number]
+    def _open_shard(self, number: int) -> _File:
+        path, shard, _ = self._shards[number]
+        self._check_index(number)
         if isinstance(path, Path):
-            return _OpenShard(
-                _LocalFile(path),
-                _read_local(path.with_name(shard.idx_file)),
-                path.with_name(shard.idx_file),
-                shard,
-                members,
-            )
-        address = path.removesuffix(".tar") + ".idx"
-        file = RemoteFile(path, shard.bytes, shard.sha256, self._cache)
-        index = RemoteFile(address, 12 * shard.records * members + 8, shard.idx_sha256, self._cache)
-        content = index.pread(0, index.size)
-        if hashlib.sha256(content).hexdigest() != shard.idx_sha256:
-            index.forget(0, index.size)  # the copy here may be at fault
-            content = index.pread(0, index.size)
-        return _OpenShard(file, content, address, shard, members)
+            return _LocalFile(path)
+        return RemoteFile(path, shard.bytes, shard.sha256, self.cache)
 
-
-class _OpenShard:
-    """A shard's bytes, offsets and checksums."""
-
-    def __init__(
-        self, file: _File, index: bytes, where: str | Path, shard: Shard, members: int
-    ) -> None:
-        self.file = file
-        if hashlib.sha256(index).hexdigest() != shard.idx_sha256:
+    def _check_index(self, number: int) -> None:
+        """Manifest and index belong together; else an older copy of either would go unnoticed."""
+        path, shard, _ = self._shards[number]
+        index, end = self._index(number), self._index_bytes(number)
+        start = end - SHA256_BYTES
+        if index.pread(start, end).hex() != shard.sha256:
+            if index.forget(start, end) and index.pread(start, end).hex() == shard.sha256:
+                return
+            where = str(path).removesuffix(".tar") + ".idx"
             raise damaged(where, "is not the index that the manifest names")
-        count = shard.records * members
-        # plain integers come out of these three times as fast as out of numpy's arrays
-        whole = memoryview(index)
-        self.offsets = whole[: 8 * (count + 1)].cast("Q")
-        self.checksums = whole[8 * (count + 1) :].cast("I")
+
+    def _index(self, number: int) -> _File:
+        path, shard, _ = self._shards[number]
+        if isinstance(path, Path):
+            return _LocalFile(path.with_name(shard.idx_file))
+        address = path.removesuffix(".tar") + ".idx"
+        return RemoteFile(address, self._index_bytes(number), shard.idx_sha256, self.cache)
+
+    def _index_bytes(self, number: int) -> int:
+        _, shard, members = self._shards[number]
+        return 12 * shard.records * members + 8 + SHA256_BYTES
 
 
 class _LocalFile:
@@ -209,10 +265,3 @@ class _LocalFile:
 
     def forget(self, start: int, end: int) -> bool:
         return False
-
-
-def _read_local(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None

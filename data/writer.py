@@ -28,7 +28,7 @@ from drama.data.tokens import TokenRecord
 from drama.errors import UserError
 from drama.files import replacing, replacing_folder
 
-OPEN_SHARDS = 64  # of as many sources and languages at a time
+OPEN_FILES = 64
 READ_BYTES = 2**20
 PROGRESS_EVERY = 500
 
@@ -77,28 +77,34 @@ class _OpenShard:
     def size(self) -> int:
         return self.offsets[-1]
 
+    def _opened(self) -> IO[bytes]:
+        if self.file.closed:
+            self.file = self.path.open("ab")
+        return self.file
+
     def write(self, record: EncodedRecord) -> None:
+        file = self._opened()
         for member in record.members:
-            self.file.write(member)
+            file.write(member)
             self.sha256.update(member)
             self.offsets.append(self.size + len(member))
         self.checksums.extend(record.checksums)
         self.records += 1
 
-    def _write_index(self, path: Path) -> str:
+    def _write_index(self, path: Path, of_tar: bytes) -> str:
         offsets, checksums = np.array(self.offsets, "<u8"), np.array(self.checksums, "<u4")
-        content = offsets.tobytes() + checksums.tobytes()
+        content = offsets.tobytes() + checksums.tobytes() + of_tar
         with replacing(path) as temporary:
             temporary.write_bytes(content)
         return hashlib.sha256(content).hexdigest()
 
     def close(self) -> Shard:
-        end = end_of_tar(self.size)
-        self.file.write(end)
+        end, file = end_of_tar(self.size), self._opened()
+        file.write(end)
         self.sha256.update(end)
-        _sync(self.file)
-        self.file.close()
-        idx_sha256 = self._write_index(self.path.with_suffix(".idx"))
+        _sync(file)
+        file.close()
+        idx_sha256 = self._write_index(self.path.with_suffix(".idx"), self.sha256.digest())
         return Shard(
             file=self.path.name,
             bytes=self.size + len(end),
@@ -110,8 +116,11 @@ class _OpenShard:
         )
 
     def position(self) -> dict[str, Any]:
-        _sync(self.file)
-        self._write_index(self.path.with_suffix(".idx.open"))
+        parked, file = self.file.closed, self._opened()
+        _sync(file)
+        if parked:
+            file.close()
+        self._write_index(self.path.with_suffix(".idx.open"), b"")
         return {
             "file": self.path.name,
             "source": self.source,
@@ -155,7 +164,8 @@ class FolderWriter:
         if shard_bytes < 1:
             raise UserError(f"shard_bytes is {shard_bytes}; it must be at least 1")
         self.folder, self.name, self.shard_bytes, self.tokens = folder, name, shard_bytes, tokens
-        self.open: dict[tuple[str, str], _OpenShard] = {}  # the one written to last comes last
+        self.open: dict[tuple[str, str], _OpenShard] = {}
+        self._hot: dict[tuple[str, str], _OpenShard] = {}  # written to lately, the last one last
         self.closed: list[Shard] = []
         self.num_shards = self.num_records = 0
         self.query_chars: Counter[int] = Counter()
@@ -164,19 +174,21 @@ class FolderWriter:
     def add(self, record: EncodedRecord) -> tuple[int, int]:
         """Write a record; return its shard's number and its row there."""
         group = (record.source, record.lang)
-        shard = self.open.pop(group, None)
+        shard = self.open.get(group)
         size = sum(map(len, record.members))
         if shard is not None and shard.size + size > self.shard_bytes:
             self.closed.append(shard.close())
             shard = None
         if shard is None:
-            if len(self.open) >= OPEN_SHARDS:
-                self.closed.append(self.open.pop(next(iter(self.open))).close())
             file = f"{self.name}-{self.num_shards:06d}.tar"
             shard = _OpenShard(self.folder, file, *group)
             self.num_shards += 1
         self.open[group] = shard
         shard.write(record)
+        self._hot.pop(group, None)
+        self._hot[group] = shard
+        if len(self._hot) > OPEN_FILES:  # a corpus may have hundreds of languages
+            self._hot.pop(next(iter(self._hot))).file.close()
         self.num_records += 1
         self.query_chars[record.query_chars] += 1
         self.document_chars.update(record.document_chars)
@@ -192,6 +204,7 @@ class FolderWriter:
             raise UserError("no records to write")
         self.closed += [shard.close() for shard in self.open.values()]
         self.open.clear()
+        self._hot.clear()
         return Manifest(
             name=self.name,
             shards=tuple(sorted(self.closed, key=lambda shard: shard_number(shard.file))),
@@ -228,9 +241,14 @@ class FolderWriter:
             Counter(dict(map(tuple, at[key]))) for key in ("query_chars", "document_chars")
         )
         self.closed = [Shard(**shard) for shard in at["closed"]]
+        for closed in self.closed:
+            if (self.folder / closed.file).stat().st_size != closed.bytes:
+                raise OSError(f"{closed.file} is not the one that was closed")
+            (self.folder / closed.idx_file).stat()
         members = 2 if self.tokens else 1
         for opened in at["open"]:
             shard = _OpenShard.resume(self.folder, opened, members)
+            shard.file.close()  # opened again by the next record
             self.open[(shard.source, shard.lang)] = shard
 
 

@@ -95,8 +95,8 @@ def save(
         os.replace(temporary, target)
         _sync(folder)
         whole = whole_checkpoints(folder)
-        past = [path for path in whole if _step_of(path) <= step]
-        flat = [path for path in past if _step_of(path) <= flat_until]
+        past = [path for path in whole if step_of(path) <= step]
+        flat = [path for path in past if step_of(path) <= flat_until]
         for path in set(whole) - {*past[-keep_last:], *flat[-1:]}:
             shutil.rmtree(path)
     _barrier()
@@ -105,7 +105,7 @@ def save(
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that are complete by their own file list, oldest first."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted((path for path in found if not faults(path)), key=_step_of)
+    return sorted((path for path in found if not faults(path)), key=step_of)
 
 
 def faults(checkpoint: Path) -> list[str]:
@@ -128,7 +128,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
     return int(checkpoint.name.split("-")[1])
 
 

@@ -7,11 +7,18 @@ line on stderr and exit code 2. A fault of ours is any other exception and keeps
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+# faults of a disk or of its rights that no check can foresee
+_THE_USERS = {
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -33,14 +40,16 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 @contextmanager
 def exit_on_user_error(program: str) -> Iterator[None]:
-    """Print a `UserError` as one line on stderr and exit with code 2.
+    """Print a `UserError`, or a fault of the disk, as one line on stderr and exit with code 2.
 
     Ranks other than the first hold their line back for a moment: the launcher ends them when the
     first one exits, so a fault that all of them see is said once.
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _THE_USERS:
+            raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

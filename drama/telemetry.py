@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from rich.progress import Progress, TaskID
 
-from drama.data.batches import READ_FAULTS, Order, RankBatch
+from drama.data.batches import Order, RankBatch
+from drama.data.manifest import DAMAGED
 from drama.data.mixture import Mixture
 from drama.distributed import Ranks
 from drama.gradcache import StepOutput
@@ -96,10 +97,7 @@ class Telemetry:
         split = batch.num_queries
         padded = sum(max(part) * len(part) for part in (lengths[:split], lengths[split:]))
         counts = torch.tensor(
-            [
-                *(batch.num_tokens, split, len(lengths), batch.num_cut, flops, padded),
-                *(sum(bad.reason == reason for bad in batch.bad) for reason in READ_FAULTS),
-            ],
+            [batch.num_tokens, split, len(lengths), batch.num_cut, flops, padded, len(batch.bad)],
             dtype=torch.float64,
         )
         memory = torch.tensor(peak_memory_mib(self.ranks.device), dtype=torch.float64)
@@ -107,12 +105,12 @@ class Telemetry:
             counts, memory = counts.to(self.ranks.device), memory.to(self.ranks.device)
             dist.all_reduce(counts)
             dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        tokens, pairs, texts, cut, total_flops, slots, *bad = counts.tolist()
+        tokens, pairs, texts, cut, total_flops, slots, bad = counts.tolist()
         of_data: dict[str, Any] = {}
         if isinstance(self.order, Mixture):
             of_data["epochs"] = self.order.epochs(step + 1)
-        if any(bad):
-            of_data["bad"] = {r: int(n) for r, n in zip(READ_FAULTS, bad, strict=True) if n}
+        if bad:
+            of_data["bad"] = {DAMAGED: int(bad)}
         return {
             "step": step,
             "epoch": round((step + 1) / self.order.batches_per_epoch, 4),

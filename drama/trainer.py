@@ -264,6 +264,7 @@ class Trainer:
             for name in ("best", "model"):
                 recovered(output / name)
             recipe.save(output / "recipe.yaml")
+            self._forget_bad(checkpoint.step_of(self.start) if self.start else 0)
         inputs = self._inputs()
         first = self._resume(self.start, inputs) if self.start else 0
         console.print(self._headline(first))
@@ -404,13 +405,23 @@ class Trainer:
             )
         )
 
+    def _forget_bad(self, first: int) -> None:
+        """Drop the lines of steps that are taken once more."""
+        path = self.recipe.output / "bad.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] < first]
+            with replacing(path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
+
     def _report_bad(self, step: int, batch: RankBatch) -> None:
         """Append what a batch lacks to RUN/bad.jsonl; each rank writes whole lines."""
+        path = self.recipe.output / "bad.jsonl"
         for bad in batch.bad:
-            line = json.dumps({"step": step, "record": bad.index, "reason": bad.reason,
-                               "error": bad.message}, ensure_ascii=False)  # fmt: skip
-            with (self.recipe.output / "bad.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            line = {"step": step, "record": bad.index, "reason": bad.reason, "error": bad.message}
+            text = json.dumps(line, ensure_ascii=False) + "\n"
+            with path.open("ab") as file:
+                file.write(text.encode(errors="backslashreplace"))
 
     def _write_model(self, folder: Path) -> None:
         weights = checkpoint.full_state_dict(self.engine, self.encoder.backbone)

@@ -63,7 +63,9 @@ class Validator:
         self.recipe, self.batches, self.step = recipe, batches, step
         self.world, self.rank = step.world_size, batches.rank
         self.datasets = [self._read(folder) for folder in recipe.eval.beir]
-        self.shards = ShardSet(recipe.eval.shards) if recipe.eval.shards else None
+        self.shards: ShardSet | None = None
+        if recipe.eval.shards:
+            self.shards = ShardSet(recipe.eval.shards, batches.shards.cache)
         names = [dataset.name for dataset in self.datasets]
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(

@@ -85,6 +85,8 @@ def main(
 
         for way in ways:
             for share in (0.01, 0.5, 0.99):
+                if way == "datasets":
+                    bench.alone("save_state", folder=whole, share=share)
                 what = {"way": way, "kind": "text", "folder": whole, "share": share}
                 values = [bench.alone("resume", **what)["seconds"] for _ in range(rounds)]
                 rows.add(

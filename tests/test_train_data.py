@@ -42,7 +42,7 @@ def test_a_source_is_added_between_two_runs(world: Path, sources: Path, tmp_path
     first = train(world, out, one, "train.steps=4", "data.weights={one: 1}")
     assert first.returncode == 0, first.stderr
     assert [line["epochs"] for line in read_metrics(out)] == [
-        {"one": round(16 * steps / 56, 4)} for steps in (1, 2, 3, 4)  # 8 lanes share 56 of 60
+        {"one": round(16 * steps / 60, 4)} for steps in (1, 2, 3, 4)
     ]  # fmt: skip
     weights = "data.weights={one: 1, two: 3}"
     second = train(world, out, both, "train.steps=6", weights)
@@ -50,7 +50,7 @@ def test_a_source_is_added_between_two_runs(world: Path, sources: Path, tmp_path
     assert "two is new" in second.stderr
     assert "one has the share 0.25, it was 1" in second.stderr
     after = read_metrics(out)[-1]["epochs"]
-    assert after == {"one": round((64 + 8) / 56, 4), "two": round(24 / 56, 4)}
+    assert after == {"one": round((64 + 8) / 60, 4), "two": round(24 / 60, 4)}
 
 
 @pytest.mark.slow

@@ -296,6 +296,7 @@ def test_what_is_no_number_is_never_the_best():
     assert better({"ndcg@10": 0.1}, {"ndcg@10": math.nan})
 
 
+@pytest.mark.slow
 def test_bests_of_other_data_are_not_compared(world, options, tmp_path):
     """Judged by a loss first, then by nDCG, then by the loss again."""
     folder, _ = options

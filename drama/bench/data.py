@@ -172,8 +172,11 @@ def _mosaic_state(dataset: Any, done: int) -> dict[str, Any]:
 
 
 def read_datasets(folder: Path, kind: str, first: int = 0) -> Reader:
-    """An IterableDataset over parquet; `skip` is its way to a position without a saved state."""
-    for sample in _parquet(folder, kind).shuffle(seed=0, buffer_size=SHUFFLE).skip(first):
+    """An IterableDataset over parquet, resumed by its own state, which `save_state` took."""
+    dataset = _parquet(folder, kind).shuffle(seed=0, buffer_size=SHUFFLE)
+    if first:
+        dataset.load_state_dict(json.loads((folder / f"state-{first}.json").read_text()))
+    for sample in dataset:
         yield sample["id"], _parse(kind, sample["payload"])
 
 
@@ -244,12 +247,21 @@ def spread(way: str, folder: Path) -> dict[str, float]:
     """How well a batch is mixed: of the runs of 200 neighbouring records, how many of them are in
     a batch of 2,048, beside a draw at random; the mean of 8 batches."""
     reader = READERS[way](folder, "text")
-    counts = [
-        len({int(query_id) // NEIGHBOURS for query_id, _ in islice(reader, BATCH)})
-        for _ in range(8)
-    ]
+    runs_of = (int(query_id) // NEIGHBOURS for query_id, _ in reader)
+    batches = [list(islice(runs_of, BATCH)) for _ in range(8)]
+    counts = [len(set(batch)) for batch in batches if len(batch) == BATCH]
     runs = len(ShardSet([folder / "ours-text"])) / NEIGHBOURS
     return {"runs": float(np.mean(counts)), "at random": runs * (1 - (1 - 1 / runs) ** BATCH)}
+
+
+def save_state(folder: Path, share: float) -> dict[str, float]:
+    """Take the state of `datasets` at a share of the epoch: it has none before it was there."""
+    first = int(share * len(ShardSet([folder / "ours-text"])))
+    dataset = _parquet(folder, "text").shuffle(seed=0, buffer_size=SHUFFLE)
+    for _ in islice(dataset, first):
+        pass
+    (folder / f"state-{first}.json").write_text(json.dumps(dataset.state_dict()))
+    return {}
 
 
 def _import(way: str) -> None:
@@ -377,7 +389,8 @@ def _start_ranks(
 # -- processes ------------------------------------------------------------------------------------
 
 TASKS: dict[str, Callable[..., Any]] = {
-    "speed": speed, "batches": batches, "resume": resume, "spread": spread, "run_rank": run_rank,
+    "speed": speed, "batches": batches, "resume": resume, "spread": spread,
+    "save_state": save_state, "run_rank": run_rank,
 }  # fmt: skip
 
 

@@ -366,6 +366,7 @@ def forge(folder, files, members, shard, manifest):
     offsets = np.cumsum([0, *map(len, parts)]).astype("<u8")
     index = offsets.tobytes() + np.array([zlib.crc32(part) for part in parts], "<u4").tobytes()
     tar = b"".join(parts) + bytes(1024)
+    index += sha256(tar).digest()
     (folder / shard.file).write_bytes(tar)
     (folder / shard.idx_file).write_bytes(index)
     forged = replace(

@@ -304,7 +304,7 @@ def test_what_was_prefetched_is_not_asked_for_again(server, cache, records):
     wanted = [0, 5, 300, 899]
     shards.prefetch(wanted)
     end = time.monotonic() + 20
-    while cache._flying and time.monotonic() < end:
+    while (cache._flying or not cache._waiting.done()) and time.monotonic() < end:
         time.sleep(0.01)
     asked = list(server.requests)
     assert [shards.read(index) for index in wanted] == [records[index] for index in wanted]
@@ -344,7 +344,7 @@ def test_threads_while_pieces_are_forgotten_and_few_are_open(server, cache, reco
     def forget():
         while not done.is_set():
             for number in range(len(shards.shards)):
-                shards._open(number).file.forget(0, 10**6)
+                shards._open(number).forget(0, 10**6)
                 time.sleep(0.01)
 
     with ThreadPoolExecutor(9) as pool:

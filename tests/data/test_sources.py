@@ -125,3 +125,49 @@ def test_hugging_face_folder_faults(tmp_path):
     DatasetDict(dev=row, test=row).save_to_disk(tmp_path / "splits")
     with pytest.raises(UserError, match="splits has no split 'train'; it has: dev, test"):
         list(read_source(tmp_path / "splits"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'[{"query": "a", "positives": [{"text": "b"}]}]\n[{"query": "c", "positives": []}]',
+     b'[[{"query": "a", "positives": [{"text": "b"}]}], [1]]'],
+)  # fmt: skip
+def test_nothing_of_a_json_array_is_lost_without_a_word(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"follows the end of the JSON array|must be a JSON object"):
+        list(read_source(path))
+
+
+def test_a_json_array_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "x.json"
+    first, second = (
+        json.dumps({"query": query, "positives": [{"text": "p"}]}).encode() for query in "ac"
+    )
+    path.write_bytes(b"\xef\xbb\xbf [" + first + b" , " + b" " * 70_000 + second + b"]\n\n")
+    assert [record.query for record in read_source(path)] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "q", "positive_passages": ["p"], "negative_passages": []},
+        {"question": "q", "positive_ctxs": [{"text": "p"}]},
+        {"anchor": "q", "positive": "p"},
+        {"query": "q", "pos_doc": "p"},
+        {"query": "q", "pos": ["p"], "neg": []},
+    ],
+)
+def test_languages_prompts_and_ids_are_kept_of_every_layout(tmp_path, row):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row | {"lang": "ja", "prompt": "Task: ", "query_id": "7"}) + "\n")
+    (record,) = read_source(path)
+    assert (record.lang, record.prompt, record.query_id) == ("ja", "Task: ", "7")
+
+
+def test_deep_nesting_is_a_bad_row(tmp_path):
+    path = tmp_path / "x.jsonl"
+    deep = '"x": ' + "[" * 900 + "]" * 900
+    path.write_text('{"query": "q", "positive_passages": [{"text": "p", ' + deep + "}]}\n")
+    with pytest.raises(UserError, match=r"x\.jsonl:1: (a value is nested|invalid JSON: nested)"):
+        list(read_source(path))

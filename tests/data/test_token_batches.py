@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from drama.data.batches import RankBatch, RankBatches
 from drama.data.draws import draw_documents, splitmix64
+from drama.data.mixture import Mixture
 from drama.data.order import LaneOrder
 from drama.data.packing import TokenRows
 from drama.data.records import Document, Record
@@ -213,3 +215,52 @@ def test_draws_are_pinned_and_even() -> None:
     )
     assert len(pairs) == 30
     assert all(first != second for first, second in pairs)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_global_batch_is_the_same_for_any_ranks_workers_and_restart(
+    folders: dict[str, Path], mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    sizes: dict[str, Any] = {"batch_size": 16, "seed": 3, "lanes": 8, "block": 4, "window": 8}
+
+    def share(rank: int, world: int) -> RankBatches:
+        made = batches(folders, "tokens", rank=rank, world_size=world)
+        if mixed:
+            made.order = Mixture(made.shards.shards, weights={"": 1.0}, **sizes)
+        else:
+            made.order = LaneOrder(made.shards.shard_sizes, **sizes)
+        return made
+
+    alone = share(0, 1)
+    whole = {step: sorted(alone[step].rows.tolist()) for step in (3, 4, 5)}
+    for world in (1, 2, 3, 4, 8):
+        for workers in (0, 1, 4) if world < 4 else (0, 1):
+            for start in (3, 5):  # as if stopped before, by other numbers of both
+                loaded = [
+                    list(
+                        DataLoader(
+                            share(rank, world),
+                            batch_size=None,
+                            sampler=range(start, 6),
+                            num_workers=workers,
+                            multiprocessing_context="fork" if workers else None,
+                        )
+                    )
+                    for rank in range(world)
+                ]
+                for number, step in enumerate(range(start, 6)):
+                    rows = [row for part in loaded for row in part[number].rows.tolist()]
+                    assert sorted(rows) == whole[step], (world, workers, start, step)
+
+
+def test_only_damage_is_left_out(folders: dict[str, Path]) -> None:
+    """A server that does not answer must not empty the batches."""
+    made = batches(folders, "text", on_bad="skip")
+
+    def away(index: int) -> Record:
+        raise UserError("http://x cannot be read, 6 tries: 503")
+
+    made.shards.read = away  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="503"):
+        made[0]
