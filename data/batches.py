@@ -225,6 +225,8 @@ class RankBatches(Dataset[RankBatch]):
     def _no_tokens(self) -> str:
         tokens = self.shards.tokens
         if tokens is None:
+            if any(manifest.tokens for manifest in self.shards.manifests):
+                return "the folders of shards do not all hold token ids made in one way"
             return "the shards hold no token ids"
         if tokens.tokenizer_sha256 != tokenizer_sha256(self.tokenize.tokenizer):
             return "the shards hold token ids of another tokenizer"

@@ -2,8 +2,9 @@
 
 Near is a Jaccard similarity of at least 0.8 between the sets of 5-character shingles. Candidates
 come from MinHash signatures cut into bands (Broder 1997; Leskovec et al., "Mining of Massive
-Datasets", 3.4): 16 minima in 4 bands of 4, which find a pair of similarity 0.8 with probability
-0.88 and one of 0.9 with 0.99; each candidate is then compared in full. 48 bytes a record on disk.
+Datasets", 3.4): 16 minima in 4 bands of 4, in which two queries of similarity 0.8 meet with
+probability 0.88 and of 0.9 with 0.99; the first of those that meet is compared in full with the
+others, so a chain of queries may be counted too low, and none too high. 48 bytes a record on disk.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ def verify(folder: str | Path) -> Manifest:
                 for row in range(shard.records):
                     places = range(row * manifest.members, (row + 1) * manifest.members)
                     try:
-                        _check(file, [(offsets[i], offsets[i + 1], checksums[i]) for i in places])
+                        spans = [(offsets[i], offsets[i + 1], checksums[i]) for i in places]
+                        _check(file, spans, shard)
                     except UserError as error:
                         where = f"{path}: record {row} at byte {offsets[places[0]]}"
                         raise damaged(where, str(error)) from None
@@ -68,14 +69,16 @@ def verify(folder: str | Path) -> Manifest:
     return manifest
 
 
-def _check(file: IO[bytes], places: Sequence[tuple[int, int, int]]) -> None:
+def _check(file: IO[bytes], spans: Sequence[tuple[int, int, int]], shard: Shard) -> None:
     record: Record | None = None
-    for (start, end, checksum), suffix in zip(places, (".json", ".tok"), strict=False):
+    for (start, end, checksum), suffix in zip(spans, (".json", ".tok"), strict=False):
         file.seek(start)
         member = file.read(end - start)
         payload = check_member(member, suffix)
         if record is None:
             record = Record.from_json(parse_json(payload))
+            if (record.source, record.lang) != (shard.source, shard.lang):
+                raise UserError("it is of another source or language than its shard")
         else:
             _check_tokens(record, payload)
         if crc32(member) != checksum:
@@ -149,11 +152,13 @@ def to_jsonl(folders: Sequence[str | Path], out: str | Path) -> int:
     """Write the records as JSON lines, packed as the name says (.gz, .xz, .zst); return how many.
 
     Raises:
-        UserError: damaged shards, or `out` is a folder.
+        UserError: damaged shards, or `out` is no file.
     """
     records, out = ShardSet(folders), Path(out)
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the name of a file, for example {out}/all.jsonl")
+    if out.exists() and not out.is_file():  # a rename would replace a device
+        raise UserError(f"{out} is no plain file; give the name of one")
     with replacing(out) as temporary, progress() as bar:
         task = bar.add_task("convert", total=len(records), note=out.name)
         with _packed(temporary, out.suffix) as file:

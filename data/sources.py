@@ -4,8 +4,9 @@
 
 PATH is a file of JSON lines, a JSON array or a parquet file (local or s3://, gs://, hf://,
 https://; plain, gzip, xz or zstd), a BEIR folder (corpus.jsonl, queries.jsonl, qrels/train.tsv or
-the only split), a folder of a Hugging Face dataset, or a dataset's name on the Hub. What it is
-is told from its content; the layouts of a row are those of `drama.data.layouts`.
+the only split), a folder of a Hugging Face dataset, or a dataset on the Hub, ORG/NAME
+[@REVISION][:CONFIG[:SPLIT]]. What it is is told from its content; the layouts of a row are those of
+`drama.data.layouts`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ from drama.errors import UserError
 
 FILE_SUFFIX = r"(\.jsonl?|\.parquet)?(\.gz|\.xz|\.zst)?$"
 SPEC = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(:(?P<weight>[0-9.eE+-]+))?=(?P<path>.+)")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(
+    r"(hf://datasets/)?(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?"
+    r"(:(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?"
+)
 PARQUET_MAGIC = b"PAR1"
 PARQUET_ROWS = 256
 
@@ -112,7 +116,7 @@ class Rows:
         path = Path(self.source.path)
         if path.is_dir():
             return _beir_rows(path) if is_beir(path) else _dataset_rows(path)
-        if not path.exists() and not is_url(self.source.path):
+        if not path.exists() and HUB_NAME.fullmatch(self.source.path):
             return _streamed(self.source.path)
         return self._file_rows()
 
@@ -219,10 +223,15 @@ def _streamed(name: str) -> Iterator[tuple[str, Row]]:
     """A dataset on the Hub, or a local folder laid out like one, without a copy of it."""
     from datasets import load_dataset
 
-    number, name = 0, name.removeprefix("hf://datasets/")
+    number, path, options = 0, name, {}
+    match = None if Path(name).exists() else HUB_NAME.fullmatch(name)
+    if match:
+        path = match["name"]
+        options = {"name": match["config"], "revision": match["revision"]}
     try:
-        splits: Any = load_dataset(name, streaming=True)
-        for row in splits[_one_split(name, list(splits))]:
+        splits: Any = load_dataset(path, streaming=True, **options)
+        split = match["split"] if match and match["split"] else _one_split(name, list(splits))
+        for row in splits[split]:
             yield f"{name}: row {number}", without_nulls(row)
             number += 1
     except UserError:

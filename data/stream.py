@@ -105,7 +105,13 @@ class ShardSet:
             IndexError: `index` is not in [0, len).
             UserError: damaged data; names the shard, the record in it and its byte offset.
         """
-        return Record.trusted(parse_json(bytes(payload_of(memoryview(self._member(index, 0))))))
+        payload = payload_of(memoryview(self._member(index, 0)))
+        try:
+            return Record.trusted(parse_json(bytes(payload)))
+        except (UserError, KeyError, TypeError, ValueError):
+            number, row = self._place(index)
+            fault = "no record of this version, though its checksum fits"
+            raise damaged(f"{self._shards[number][0]}: record {row}", fault) from None
 
     def read_tokens(self, index: int) -> TokenRecord:
         """The token ids of the record with this number, in a set that has `tokens`.

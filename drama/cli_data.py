@@ -66,8 +66,9 @@ def shard(
     Each of SOURCES is [NAME[:WEIGHT]=]PATH. PATH is a file of records (our JSON lines, Tevatron,
     FlagEmbedding, sentence-transformers columns, DPR, NVIDIA inline; JSON lines, a JSON array or
     parquet; plain, .gz, .xz or .zst; here, or at s3://, gs://, hf://, https://), a BEIR folder, a
-    folder of a Hugging Face dataset, or a dataset's name on the Hub, which is streamed. What it is
-    is told from its content. WEIGHT is the source's share in a training mixture.
+    folder of a Hugging Face dataset, or a dataset on the Hub, which is streamed:
+    ORG/NAME[@REVISION][:CONFIG[:SPLIT]]. What it is is told from its content. WEIGHT is its
+    share in a training mixture.
 
     Stopped and started again with the same arguments, it goes on where it was; the shards' bytes do
     not depend on that, nor on --workers.

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from drama.data.records import Document
-from drama.data.sources import read_source
+from drama.data.sources import HUB_NAME, read_source
 from drama.errors import UserError
 
 OURS = {"query": "q", "positives": [{"text": "p", "title": "t"}], "negatives": [{"text": "n"}]}
@@ -171,3 +171,18 @@ def test_deep_nesting_is_a_bad_row(tmp_path):
     path.write_text('{"query": "q", "positive_passages": [{"text": "p", ' + deep + "}]}\n")
     with pytest.raises(UserError, match=r"x\.jsonl:1: (a value is nested|invalid JSON: nested)"):
         list(read_source(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("org/name", ("org/name", None, None, None)),
+        ("org/name:pairs", ("org/name", None, "pairs", None)),
+        ("org/name@v1.0:pairs:dev", ("org/name", "v1.0", "pairs", "dev")),
+        ("hf://datasets/org/name:pairs", ("org/name", None, "pairs", None)),
+    ],
+)
+def test_names_on_the_hub(text, parts):
+    match = HUB_NAME.fullmatch(text)
+    assert tuple(match[key] for key in ("name", "revision", "config", "split")) == parts
+    assert HUB_NAME.fullmatch("hf://datasets/org/name/data/x.parquet") is None

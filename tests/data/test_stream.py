@@ -127,6 +127,15 @@ def test_a_shard_that_is_cut_while_it_is_open(folders):
         shards.read(31)
 
 
+def test_a_record_that_a_stranger_wrote(tmp_path, monkeypatch):
+    """Its checksum fits, its keys do not."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "to_json", lambda self: {"query": self.query, "later": 1})
+        write_shards(sample(2, "a"), tmp_path / "a")
+    with pytest.raises(UserError, match=r"train-000000\.tar: record 1: no record of this version"):
+        ShardSet([tmp_path / "a"]).read(1)
+
+
 def test_no_folder_given():
     with pytest.raises(UserError, match="no folder of shards was given"):
         ShardSet([])
