@@ -22,6 +22,7 @@ from drama.errors import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = ROOT / "data" / "demo" / "pairs.jsonl.xz"
+MANY = 10_000_000
 CSV = ROOT / "benchmarks" / "data.csv"
 
 
@@ -59,6 +60,7 @@ def main(
         if model is None:
             model = folder / "tokenizer"
             byte_tokenizer().save_pretrained(model)
+        library = bench.library
         rows = Rows("data", torch.device("cpu"))
         sizes = {"whole": records, "small": min(records, 20_000)}
         for name, count in sizes.items():
@@ -79,43 +81,37 @@ def main(
             for metric in several[0]:
                 values = [figure[metric] for figure in several]
                 if any(values):
-                    rows.add(way, kind, metric, f"{records} records", values, bench.library(way))
+                    rows.add(way, kind, metric, f"{records} records", values, library(way))
                     console.print(f"{way}, {kind}: {metric} {bench.mean_and_spread(values)}")
         rows.write(out)
 
-        for way in ways:
-            for share in (0.01, 0.5, 0.99):
-                if way == "datasets":
-                    bench.alone("save_state", folder=whole, share=share)
-                what = {"way": way, "kind": "text", "folder": whole, "share": share}
-                values = [bench.alone("resume", **what)["seconds"] for _ in range(rounds)]
-                rows.add(
-                    way,
-                    "resume",
-                    "seconds",
-                    f"{share:.0%} of {records}",
-                    values,
-                    bench.library(way),
-                )
-                console.print(f"{way}, at {share:.0%}: {bench.mean_and_spread(values)} s")
+        bench.link_many(whole / "ours-text", MANY // records, folder / "many" / "ours-text")
+        places = [(way, share, whole, records) for way in ways for share in (0.01, 0.5, 0.99)]
+        places.append(("ours", 0.99, folder / "many", MANY // records * records))
+        for way, share, at, count in places:
+            if way == "datasets":
+                bench.alone("save_state", folder=at, share=share)
+            what = {"way": way, "kind": "text", "folder": at, "share": share}
+            several = [bench.alone("resume", **what) for _ in range(rounds)]
+            for metric in several[0]:
+                values = [figure[metric] for figure in several]
+                about = f"{share:.0%} of {count} records"
+                rows.add(way, "resume", f"seconds to the {metric}", about, values, library(way))
+                console.print(f"{way}, {about}: {metric} {bench.mean_and_spread(values)} s")
         rows.write(out)
 
         for way in ways:
             found = bench.alone("spread", way=way, folder=whole)
-            about, at_random = (
-                "of runs of 200 records in a batch",
-                {"at random": found["at random"]},
-            )
-            rows.add(way, "shuffle", "runs", about, [found["runs"]], at_random)
+            config = library(way) | {"at random": found["at random"]}
+            rows.add(way, "shuffle", "runs of 200 in a batch", "", [found["runs"]], config)
             console.print(f"{way}: {found['runs']:.0f} runs, at random {found['at random']:.0f}")
 
         with tempfile.TemporaryDirectory() as kills:
             for way in ways:
                 for metric, value in bench.killed(way, folder / "small", Path(kills)).items():
                     about = f"{sizes['small']} records, 2 then 3 ranks"
-                    rows.add(
-                        way, "kill -9", f"records {metric}", about, [value], bench.library(way)
-                    )
+                    counted = f"records {metric}"
+                    rows.add(way, "kill -9", counted, about, [value], library(way))
                     console.print(f"{way}, killed: {value:,} records {metric}")
         rows.write(out)
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -23,15 +24,17 @@ import numpy as np
 
 from drama.console import console, progress
 from drama.data.batches import RankBatches
+from drama.data.manifest import read_manifest
 from drama.data.order import LaneOrder
 from drama.data.records import Record
 from drama.data.sharding import ShardingOptions, shard_sources
 from drama.data.sources import Source, read_source
 from drama.data.stream import ShardSet
 from drama.data.tokens import TokenRecord
+from drama.data.writer import write_manifest
 from drama.distributed import free_port
 from drama.errors import UserError
-from drama.files import replacing
+from drama.files import replacing, replacing_folder
 from drama.tokenizer import TextEncoder, load_tokenizer
 
 BATCH, LANES, SHUFFLE = 2048, 64, 1024
@@ -63,9 +66,11 @@ def prepare(pairs: Path, model: Path, folder: Path, count: int) -> None:
     shards = ShardSet([folder / "ours-tokens"])
     for kind in KINDS:
         if not (folder / f"mds-{kind}").is_dir() and _has("streaming"):
-            _write_mds(shards, kind, folder / f"mds-{kind}")
+            with replacing_folder(folder / f"mds-{kind}") as out:
+                _write_mds(shards, kind, out)
         if not (folder / f"parquet-{kind}").is_dir():
-            _write_parquet(shards, kind, folder / f"parquet-{kind}")
+            with replacing_folder(folder / f"parquet-{kind}") as out:
+                _write_parquet(shards, kind, out)
 
 
 def _numbered(pairs: Path, count: int) -> Iterator[dict[str, Any]]:
@@ -102,7 +107,6 @@ def _write_parquet(shards: ShardSet, kind: str, out: Path) -> None:
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
-    out.mkdir()
     schema = pyarrow.schema([("id", pyarrow.string()), ("payload", pyarrow.binary())])
     rows, number = _payloads(shards, kind), 0
     while part := list(islice(rows, 10_000)):
@@ -235,12 +239,31 @@ def batches(kind: str, folder: Path, model: Path, seconds: float) -> dict[str, f
 
 
 def resume(way: str, kind: str, folder: Path, share: float) -> dict[str, float]:
-    """Seconds from opening the data to the first record at a share of the epoch."""
+    """Seconds from opening the data to the first record, and to the first batch of 2,048, at a
+    share of the epoch."""
     first = int(share * len(ShardSet([folder / f"ours-{kind}"])))
     _import(way)
     began = time.perf_counter()
-    next(READERS[way](folder, kind, first))
-    return {"seconds": time.perf_counter() - began}
+    reader = READERS[way](folder, kind, first)
+    next(reader)
+    record = time.perf_counter() - began
+    for _ in islice(reader, BATCH - 1):
+        pass
+    return {"first record": record, "first batch": time.perf_counter() - began}
+
+
+def link_many(folder: Path, times: int, out: Path) -> None:
+    """A folder of as many shards again, `times` over, as links: a large corpus on a small disk."""
+    manifest = read_manifest(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for number, shard in enumerate(manifest.shards * times):
+        copy = replace(shard, file=f"train-{number:06d}.tar")
+        for old, new in ((shard.file, copy.file), (shard.idx_file, copy.idx_file)):
+            (out / new).unlink(missing_ok=True)
+            os.link(folder / old, out / new)
+        shards.append(copy)
+    write_manifest(out, replace(manifest, shards=tuple(shards)))
 
 
 def spread(way: str, folder: Path) -> dict[str, float]:

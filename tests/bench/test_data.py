@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from drama.bench import data as bench
+from drama.data.stream import ShardSet
 from drama.testing import byte_tokenizer
 
 PAIRS = Path(__file__).parents[2] / "data" / "demo" / "pairs.jsonl.xz"
@@ -45,4 +46,7 @@ def test_figures_come_out_of_processes_of_their_own(folder: Path) -> None:
         found = bench.alone("speed", way="ours", kind=kind, folder=folder, seconds=0.01)
         assert found["records/s"] > 0
         assert (found["tokens/s"] > 0) == (kind == "tokens")
-    assert bench.alone("resume", way="ours", kind="text", folder=folder, share=0.9)["seconds"] > 0
+    bench.link_many(folder / "ours-text", 3, folder / "many" / "ours-text")
+    assert len(ShardSet([folder / "many" / "ours-text"])) == 3 * COUNT
+    found = bench.alone("resume", way="ours", kind="text", folder=folder / "many", share=0.9)
+    assert 0 < found["first record"] < found["first batch"]
