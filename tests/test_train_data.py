@@ -3,6 +3,11 @@
 import json
 import shutil
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +32,16 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of an HTTP server over a folder."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
 def train(world: Path, out: Path, shards: str, *changes: str) -> subprocess.CompletedProcess[str]:
     settings = [
         f"output={out}", f"data.shards={shards}", "train.deepspeed=zero1", "train.save_every=2",
@@ -37,7 +52,7 @@ def train(world: Path, out: Path, shards: str, *changes: str) -> subprocess.Comp
 
 
 def test_a_source_is_added_between_two_runs(world: Path, sources: Path, tmp_path: Path) -> None:
-    one, both = f"[{sources / 'one'}]", f"[{sources / 'one'}, {sources / 'two'}]"
+    one = f"[{sources / 'one'}]"
     out = tmp_path / "run"
     first = train(world, out, one, "train.steps=4", "data.weights={one: 1}")
     assert first.returncode == 0, first.stderr
@@ -45,7 +60,11 @@ def test_a_source_is_added_between_two_runs(world: Path, sources: Path, tmp_path
         {"one": round(16 * steps / 60, 4)} for steps in (1, 2, 3, 4)
     ]  # fmt: skip
     weights = "data.weights={one: 1, two: 3}"
-    second = train(world, out, both, "train.steps=6", weights)
+    with served(sources) as address:  # the new one from afar
+        both = f"[{sources / 'one'}, '{address}/two']"
+        second = train(
+            world, out, both, "train.steps=6", weights, f"data.cache={tmp_path / 'cache'}"
+        )
     assert second.returncode == 0, second.stderr
     assert "two is new" in second.stderr
     assert "one has the share 0.25, it was 1" in second.stderr

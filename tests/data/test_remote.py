@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import re
+import socket
+import socketserver
 import threading
 import time
 from collections import Counter
@@ -503,3 +505,65 @@ def test_sources_over_http(tmp_path):
                 shard_sources([source], tmp_path / "no", ShardingOptions())
             assert "\n" not in str(error.value)
         server.shutdown()
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """Hands connections on to another port. The first ones have faults: `cut` after some of the
+    answer, `503` in place of one, `slow`."""
+
+    daemon_threads, allow_reuse_address = True, True
+
+    def __init__(self, port, faults):
+        super().__init__(("127.0.0.1", 0), ProxiedConnection)
+        self.port, self.faults, self.met = port, list(faults), []
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+class ProxiedConnection(socketserver.BaseRequestHandler):
+    def handle(self):
+        fault = self.server.faults.pop(0) if self.server.faults else ""
+        self.server.met.append(fault)
+        if fault == "503":
+            self.request.recv(65536)
+            self.request.sendall(
+                b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            )
+            return
+        with socket.create_connection(("127.0.0.1", self.server.port)) as behind:
+            threading.Thread(target=self.upstream, args=(behind,), daemon=True).start()
+            answered = 0
+            while part := behind.recv(16384):
+                if fault == "slow":
+                    time.sleep(0.02)
+                self.request.sendall(part)
+                answered += len(part)
+                if fault == "cut" and answered > 40_000:
+                    return
+
+    def upstream(self, behind):
+        try:
+            while part := self.request.recv(65536):
+                behind.sendall(part)
+        except OSError:
+            pass
+
+
+def test_s3_with_cuts_503s_and_slow_answers(s3, cache, records, monkeypatch):
+    from s3fs import S3FileSystem
+
+    port = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    faults = ["503", "cut", "slow", "503", "cut", "cut", "slow"]
+    with Proxy(port, faults) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
+        S3FileSystem.clear_instance_cache()
+        try:
+            shards = ShardSet(["s3://corpus/train"], cache)
+            with ThreadPoolExecutor(8) as pool:
+                assert list(pool.map(shards.read, range(COUNT))) == records
+            assert proxy.met[: len(faults)] == faults  # all of them were met
+        finally:
+            S3FileSystem.clear_instance_cache()
+            proxy.shutdown()
