@@ -116,7 +116,7 @@ def test_positives_of_one_question_are_no_negatives_of_one_another(symmetric: bo
     of 1 and the positive of 0. Nothing but query 1 and its positive is anybody's negative."""
     documents = torch.tensor([50, 51, 52, 53, 53, 50])
     batch = RankBatch(
-        [[i + 1] for i in range(11)], 5, documents, 0,
+        TokenRows.of([[i + 1] for i in range(11)]), 5, documents, 0,
         query_ids=torch.tensor([7, 8, 7, 9, 7]),
         negatives_of=torch.tensor([1]),
         scores=torch.full((6,), torch.nan),

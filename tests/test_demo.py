@@ -57,7 +57,7 @@ def test_each_stage_reads_what_an_earlier_one_wrote(tmp_path: Path) -> None:
     options = {stage.name: parsed(stage) for stage in stages}
     assert options["prune"]["model"] == tmp_path / "llm"
     assert options["prune"]["calibration"].is_file()
-    assert all(source.is_file() for source in options["shard"]["sources"])
+    assert all(Path(source).is_file() for source in options["shard"]["sources"])
     recipe = Recipe.load(options["train"]["path"], options["train"]["overrides"])
     assert recipe.output == out
     assert recipe.model.path == options["prune"]["out"] == out / "backbone"
