@@ -89,7 +89,7 @@ def test_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(world
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
-@pytest.mark.parametrize("deepspeed", ["zero0", "zero2"])
+@pytest.mark.parametrize("deepspeed", [pytest.param("zero0", marks=pytest.mark.slow), "zero2"])
 def test_a_finished_run_goes_on_from_its_checkpoint_alone(world, deepspeed):
     """Weights and optimizer come from the files: the losses equal an unbroken longer run's."""
     options = [
@@ -118,6 +118,7 @@ def test_the_metrics_have_the_rate_that_each_step_was_taken_with(world):
     assert [line["lr"] for line in lines] == pytest.approx(want)
 
 
+@pytest.mark.slow
 def test_a_run_prolonged_after_its_decay_goes_on_from_the_flat_part(world, tmp_path):
     """Half of 4 steps decay; the last checkpoint of the other half stays."""
     options = [
@@ -148,7 +149,7 @@ def test_a_run_prolonged_after_its_decay_goes_on_from_the_flat_part(world, tmp_p
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("what", ["step", "evaluation"])
+@pytest.mark.parametrize("what", ["step", pytest.param("evaluation", marks=pytest.mark.slow)])
 def test_a_run_that_diverges_stops_before_it_writes(world, tmp_path, what):
     """Its last good checkpoint stays, whatever `keep_last` says, and so does the best model."""
     run = tmp_path / "run"
@@ -170,6 +171,7 @@ def test_a_run_that_diverges_stops_before_it_writes(world, tmp_path, what):
     assert json.loads((run / "best.json").read_text())["step"] <= 2
 
 
+@pytest.mark.slow
 def test_a_damaged_state_means_an_older_checkpoint_and_chunks_may_be_smaller(world, tmp_path):
     """After a power cut, and after a device ran out of memory: neither ends a run for good."""
     run = tmp_path / "run"
@@ -230,7 +232,7 @@ def test_other_inputs_under_the_same_paths_are_refused(world, tmp_path):
     refused(run_alone(TRAIN, *options), "another shards", "another output")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_damaged_record_is_one_line_also_from_a_worker(world, tmp_path, workers):
     shutil.copytree(world / "shards", tmp_path / "shards")
     tar = tmp_path / "shards" / "train-000000.tar"

@@ -28,7 +28,7 @@ from drama.errors import UserError
 from drama.testing import tiny_llama
 
 RULES = settings(
-    max_examples=150,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
