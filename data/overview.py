@@ -60,12 +60,13 @@ def _about(folder: str, manifest: Manifest) -> Text:
 
 def _counts(manifest: Manifest, key: str) -> Table:
     counts = manifest.counts(key)
-    table = Table(key, "records", "share", "", *(["weight"] if manifest.weights else []))
+    weighted = key == "source" and bool(manifest.weights)
+    table = Table(key, "records", "share", "", *(["weight"] if weighted else []))
     most = max(counts.values())
     for name, count in sorted(counts.items(), key=lambda item: -item[1]):
         share = f"{count / manifest.num_records:.1%}"
         row: list[RenderableType] = [Text(name or "(none)"), f"{count:,}", share, _bar(count, most)]
-        if manifest.weights:
+        if weighted:
             row.append(f"{manifest.weights[name]:g}" if name in manifest.weights else "")
         table.add_row(*row)
     return table
