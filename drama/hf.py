@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from drama.errors import UserError
 from drama.files import replacing
@@ -42,20 +41,21 @@ def write_rope_keys(folder: str | Path) -> None:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def build_llama(config: LlamaConfig, state: dict[str, Tensor]) -> LlamaForCausalLM:
-    """Return a Llama whose parameters are the tensors of `state`, without copying or initialising.
+def build_lm(config: PreTrainedConfig, state: dict[str, Tensor]) -> Any:
+    """Return a causal language model whose parameters are the tensors of `state`, without copying
+    or initialising.
 
-    `state` names every parameter (with tied embeddings `lm_head.weight` may be left out). The model
-    is in evaluation mode.
+    `config` names the architecture (a Llama, or one built like it). `state` names every parameter
+    (with tied embeddings `lm_head.weight` may be left out). The model is in evaluation mode.
     """
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     if config.tie_word_embeddings:
         state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     # its buffers are not part of a state dict, so they would stay on the meta device
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from drama.errors import UserError
-from drama.hf import build_llama, write_rope_keys
+from drama.hf import build_lm, write_rope_keys
 
 SCALING = {
     "rope_type": "llama3",
@@ -55,14 +55,14 @@ def test_no_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_build_llama_is_the_model_itself(tied: bool) -> None:
+def test_build_lm_is_the_model_itself(tied: bool) -> None:
     config = LlamaConfig(
         vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=20, tie_word_embeddings=tied, rope_parameters=NEW["rope_parameters"],
         bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    built = build_llama(config, model.state_dict())
+    built = build_lm(config, model.state_dict())
     ids = torch.arange(30)[None]
     assert torch.equal(built(ids).logits, model(ids).logits)
     assert (built.lm_head.weight is built.model.embed_tokens.weight) == tied
@@ -70,4 +70,4 @@ def test_build_llama_is_the_model_itself(tied: bool) -> None:
     state = model.state_dict()
     del state["model.norm.weight"]
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
-        build_llama(config, state)
+        build_lm(config, state)

@@ -6,6 +6,7 @@ After Minitron (Muralidharan et al. 2024, arXiv 2407.14679, section 2.2) for the
     FFN channel      mean over tokens of |a|, a the input of down_proj; ranked within its layer
     KV group         sqrt(mean over tokens of |c|^2), c the slice of o_proj's input that the group's
                      query heads fill; ranked within its layer
+    query head       the same, c the slices of the heads at one place in all groups of the layer
     hidden channel   sum over all norms of the mean over tokens of |y|, y the norm's output; one
                      ranking, since all layers share the residual stream
     layer            block influence, 1 - cos(x_l, x_(l+1)), mean over tokens
@@ -15,7 +16,8 @@ English Wikipedia, settled the variants: FFN 1536 to 1024, |a| 4.40, times the n
 column 4.48, random 8.04; KV groups 3 to 2, as above 3.97, times the norms of o_proj's columns 4.56,
 random 8.58; hidden 576 to 504, as above 4.46, random 9.84.
 
-L layers, M = 2L+1 norms, D hidden channels, G KV groups, I FFN channels, all of the source.
+L layers, M = 2L+1 norms, D hidden channels, G KV groups, J query heads a group, I FFN channels, all of
+the source.
 """
 
 from __future__ import annotations
@@ -31,21 +33,25 @@ from drama.prune.surgery import Plan
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores, float64: layer [L], hidden [D], kv_group [L, G], ffn [L, I]; higher stays longer."""
+    """Scores, float64: layer [L], hidden [D], kv_group [L, G], query_head [L, J], ffn [L, I]; higher
+    stays longer."""
 
     layer: Tensor
     hidden: Tensor
     kv_group: Tensor
+    query_head: Tensor
     ffn: Tensor
 
 
 def score(statistics: Statistics, source: Shape) -> Importance:
     """Turn the statistics of a pass into one score per unit."""
-    by_group_LGC = statistics.attention.view(source.layers, source.kv_heads, -1)
+    heads = (source.layers, source.kv_heads, source.group, source.head_dim)
+    by_head_LGJE = statistics.attention.view(heads)
     return Importance(
         layer=statistics.influence,
         hidden=statistics.normed.sum(0),
-        kv_group=by_group_LGC.sum(-1).sqrt(),
+        kv_group=by_head_LGJE.sum((2, 3)).sqrt(),
+        query_head=by_head_LGJE.sum((1, 3)).sqrt(),
         ffn=statistics.ffn,
     )
 
@@ -61,21 +67,22 @@ def choose(importance: Importance, energy_MD: Tensor, target: Shape) -> Plan:
     layer_L = importance.layer.clone()
     if target.layers >= 2:
         layer_L[0] = layer_L[-1] = float("inf")
-    layers = _highest(layer_L, target.layers)
-    hidden = _highest(importance.hidden, target.hidden)
+    layers = highest(layer_L, target.layers)
+    hidden = highest(importance.hidden, target.hidden)
     norms = [norm for layer in layers for norm in (2 * layer, 2 * layer + 1)]
     norms.append(energy_MD.shape[0] - 1)
     scales_M = energy_MD[:, list(hidden)].mean(1).sqrt()
     return Plan(
         layers=layers,
         hidden=hidden,
-        kv_groups=tuple(_highest(importance.kv_group[i], target.kv_heads) for i in layers),
-        ffn=tuple(_highest(importance.ffn[i], target.ffn) for i in layers),
+        kv_groups=tuple(highest(importance.kv_group[i], target.kv_heads) for i in layers),
+        query_heads=tuple(highest(importance.query_head[i], target.group) for i in layers),
+        ffn=tuple(highest(importance.ffn[i], target.ffn) for i in layers),
         norm_scales=tuple(scales_M[norm].item() for norm in norms),
     )
 
 
-def _highest(score_U: Tensor, count: int) -> tuple[int, ...]:
+def highest(score_U: Tensor, count: int) -> tuple[int, ...]:
     """Indices of the `count` highest scores, rising; of equal scores the lower index stays."""
     order = score_U.argsort(descending=True, stable=True)
     return tuple(sorted(order[:count].tolist()))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from drama.console import console
 from drama.errors import UserError
@@ -58,7 +57,7 @@ def prune(
     seed: int = 0,
     dry_run: bool = False,
 ) -> PruneReport:
-    """Prune the Llama at `model_path` to `target` and write it to `out` as a Hugging Face folder.
+    """Prune the language model at `model_path` to `target` and write it to `out` as a Hugging Face folder.
 
     The folder holds float32 weights, the tokenizer, and pruning.json: shapes, kept indices, scores,
     the calibration text's sha256, and the held-out loss before and after. It appears whole or not
@@ -148,7 +147,7 @@ def _check_out(out: Path, source_folder: Path, num_bytes: int) -> None:
         )
 
 
-def _write(small: LlamaForCausalLM, tokenizer: Any, facts: dict[str, Any], out: Path) -> None:
+def _write(small: Any, tokenizer: Any, facts: dict[str, Any], out: Path) -> None:
     with replacing_folder(out) as folder:
         with quiet():
             small.save_pretrained(folder)
@@ -176,6 +175,7 @@ def _score_facts(importance: Importance, plan: Plan) -> dict[str, Any]:
         "layer": importance.layer.tolist(),
         "hidden": _ranges(importance.hidden[None], (plan.hidden,)),
         "kv_group": _ranges(importance.kv_group[layers], plan.kv_groups),
+        "query_head": _ranges(importance.query_head[layers], plan.query_heads),
         "ffn": _ranges(importance.ffn[layers], plan.ffn),
     }
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from rich.table import Table
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from drama.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that pruning changes, and `head_dim`, which it keeps."""
+    """The sizes that pruning changes, and what it keeps: `head_dim`, biases of the attention's and
+    the feed-forward's projections, norms on queries and keys."""
 
     layers: int
     hidden: int
@@ -21,9 +22,12 @@ class Shape:
     kv_heads: int
     ffn: int
     head_dim: int
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
 
     @classmethod
-    def of(cls, config: LlamaConfig) -> Shape:
+    def of(cls, config: PreTrainedConfig) -> Shape:
         """Read the shape from a configuration."""
         return cls(
             layers=config.num_hidden_layers,
@@ -32,6 +36,9 @@ class Shape:
             kv_heads=config.num_key_value_heads or config.num_attention_heads,
             ffn=config.intermediate_size,
             head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+            attention_bias=getattr(config, "attention_bias", False),
+            mlp_bias=getattr(config, "mlp_bias", False),
+            qk_norm=config.model_type == "qwen3",
         )
 
     @property
@@ -62,7 +69,7 @@ class Parameters:
         return self.non_embedding + self.embedding + self.head
 
 
-KEYS = tuple(field.name for field in fields(Shape) if field.name != "head_dim")
+KEYS = ("layers", "hidden", "heads", "kv_heads", "ffn")
 
 # The paper's shapes (DRAMA, section 4.3 and appendix A.3), with the source's groups of four query
 # heads to a KV head kept.
@@ -75,8 +82,10 @@ NAMED: dict[str, dict[str, int]] = {
 def parse_target(text: str, source: Shape) -> Shape:
     """Read a target shape: a name ("0.1b", "0.3b") or "layers=12,hidden=768,heads=12,ffn=3072".
 
-    Keys that are not named keep the source's value; of `heads` and `kv_heads` one is enough, the
-    other follows from the source's group size.
+    Keys that are not named keep the source's value. Of `heads` and `kv_heads` one is enough: the
+    other follows from the source's group size, and whole groups are cut. Both together may also
+    name smaller groups: heads=6,kv_heads=3 of a source with 9 and 3 keeps two query heads of each
+    group, the same ones in all groups of a layer.
 
     Raises:
         UserError: an unknown name or key, a value that is no whole number, or a shape that cannot
@@ -85,7 +94,7 @@ def parse_target(text: str, source: Shape) -> Shape:
     name = text.strip().lower()
     sizes = NAMED[name] if name in NAMED else _parse_pairs(text)
     if "heads" in sizes and "kv_heads" not in sizes:
-        _check_whole_groups("heads", sizes["heads"], source, text)
+        _check_whole_groups(sizes["heads"], source, text)
         sizes = sizes | {"kv_heads": sizes["heads"] // source.group}
     if "kv_heads" in sizes and "heads" not in sizes:
         sizes = sizes | {"heads": sizes["kv_heads"] * source.group}
@@ -116,13 +125,14 @@ def _parse_pairs(text: str) -> dict[str, int]:
     return sizes
 
 
-def _check_whole_groups(key: str, heads: int, source: Shape, text: str) -> None:
+def _check_whole_groups(heads: int, source: Shape, text: str) -> None:
     group = source.group
     if heads >= 1 and heads % group:
         near = min(max(round(heads / group), 1), source.kv_heads) * group
         raise UserError(
-            f"target '{text}': {key}={heads} is not a whole number of KV groups (the source has "
-            f"{group} query heads to a KV head); the nearest valid choice is heads={near}"
+            f"target '{text}': heads={heads} is not a whole number of KV groups (the source has "
+            f"{group} query heads to a KV head); the nearest valid choice is heads={near}, or name "
+            "kv_heads too to cut inside the groups"
         )
 
 
@@ -136,12 +146,13 @@ def _check(target: Shape, source: Shape, text: str) -> None:
                 f"target '{text}': {key}={value} is larger than the source's {limit}; "
                 f"the nearest valid choice is {limit}"
             )
-    _check_whole_groups("heads", target.heads, source, text)
-    if target.heads != target.kv_heads * source.group:
+    kv_heads = target.kv_heads
+    if target.heads % kv_heads or target.heads > kv_heads * source.group:
+        near = min(max(round(target.heads / kv_heads), 1), source.group) * kv_heads
         raise UserError(
-            f"target '{text}': heads={target.heads} with kv_heads={target.kv_heads} changes the "
-            f"source's group size of {source.group}; the nearest valid choice is "
-            f"kv_heads={target.heads // source.group}"
+            f"target '{text}': heads={target.heads} with kv_heads={kv_heads}: every KV head needs "
+            f"the same number of query heads, 1 to {source.group}; the nearest valid choice is "
+            f"heads={near}"
         )
     if target.hidden % target.heads:
         # a rule of transformers' configurations, EuroBERT's too, even where head_dim is explicit
@@ -161,15 +172,19 @@ def _check(target: Shape, source: Shape, text: str) -> None:
 
 
 def count_parameters(shape: Shape, vocab_size: int, tied: bool) -> Parameters:
-    """Count the weights of a Llama without biases, by part."""
+    """Count the weights by part; biases count with their projections."""
     query = shape.heads * shape.head_dim
     key_value = shape.kv_heads * shape.head_dim
+    attention = shape.hidden * 2 * (query + key_value)
+    attention += shape.attention_bias * (query + 2 * key_value + shape.hidden)
+    mlp = 3 * shape.hidden * shape.ffn + shape.mlp_bias * (2 * shape.ffn + shape.hidden)
+    norms = 2 * shape.hidden + shape.qk_norm * 2 * shape.head_dim
     return Parameters(
         embedding=vocab_size * shape.hidden,
         head=0 if tied else vocab_size * shape.hidden,
-        attention=shape.layers * shape.hidden * 2 * (query + key_value),
-        mlp=shape.layers * shape.hidden * 3 * shape.ffn,
-        norms=(2 * shape.layers + 1) * shape.hidden,
+        attention=shape.layers * attention,
+        mlp=shape.layers * mlp,
+        norms=shape.layers * norms + shape.hidden,
     )
 
 

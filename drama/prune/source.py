@@ -1,8 +1,16 @@
-"""Open the language model that is to be pruned: a Llama, as Hugging Face folder or GGUF file."""
+"""Open the language model that is to be pruned: a Hugging Face folder or a GGUF file of the Llama,
+Mistral, Qwen2 or Qwen3 family.
+
+Mistral and Qwen2 are Llamas by another name, so they are read as one (Qwen2's missing bias of the
+output projection becomes zeros): what is cut from them trains and exports like any Llama. Qwen3 has
+norms on queries and keys and stays what it is. A sliding window changes nothing for texts that it
+covers, so a model with one becomes a model for texts of at most that length.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 from collections.abc import Iterator
@@ -13,18 +21,29 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 from transformers.utils import logging as transformers_logging
 
-from drama.errors import UserError
-from drama.hf import build_llama
+from drama.errors import UserError, nearest
+from drama.hf import build_lm
 
-# everything of a Llama's configuration that means something once the model is cut and saved
+# the families, and what each is read as
+FAMILIES: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig, "mistral": LlamaConfig, "qwen2": LlamaConfig, "qwen3": Qwen3Config,
+}  # fmt: skip
+# everything of a configuration that means something once the model is cut and saved
 CONFIG_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings",
     "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
-    "tie_word_embeddings", "rope_parameters",
+    "tie_word_embeddings", "rope_parameters", "attention_bias", "mlp_bias",
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -95,32 +114,33 @@ def _check_weights(folder: Path) -> None:
         )
 
 
-def read_config(source: Source) -> LlamaConfig:
-    """Read the model's configuration, reduced to the fields that describe a Llama.
+def read_config(source: Source) -> Any:
+    """The configuration that the model is pruned under: a Llama's or a Qwen3's.
 
     Raises:
-        UserError: unreadable, not a Llama, or a Llama with bias terms.
+        UserError: unreadable, or of another family.
     """
     try:
         with quiet():
             config = AutoConfig.from_pretrained(source.folder, **source.options)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{source.name}: cannot read the model's configuration: {error}") from error
-    if config.model_type != "llama":
+    if config.model_type not in FAMILIES:
         raise UserError(
-            f"{source.name}: architecture '{config.model_type}' cannot be pruned; "
-            "give a model of the Llama family (model_type 'llama')"
+            f"{source.name}: architecture '{config.model_type}' cannot be pruned; give a model of "
+            f"the families {', '.join(FAMILIES)}" + nearest(config.model_type, FAMILIES)
         )
-    if config.attention_bias or config.mlp_bias:
-        raise UserError(
-            f"{source.name}: linear layers with biases (attention_bias, mlp_bias) are not "
-            "supported; give a Llama without them"
-        )
-    return _clean(config)
+    return _as_pruned(config)
 
 
-def _clean(config: Any) -> LlamaConfig:
-    return LlamaConfig(**{name: getattr(config, name) for name in CONFIG_FIELDS})
+def _as_pruned(config: Any) -> Any:
+    fields = {name: getattr(config, name) for name in CONFIG_FIELDS if hasattr(config, name)}
+    if window := getattr(config, "sliding_window", None):
+        longest = config.max_position_embeddings
+        fields["max_position_embeddings"] = min(window, longest)
+    if config.model_type == "qwen2":  # its class has them without saying so
+        fields["attention_bias"] = True
+    return FAMILIES[config.model_type](**fields)
 
 
 def load_tokenizer(source: Source, vocab_size: int) -> Any:
@@ -159,8 +179,8 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_llm(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, Any]:
-    """Load a Llama and its tokenizer; a GGUF file is unpacked to `dtype`.
+def load_llm(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load a language model and its tokenizer; a GGUF file is unpacked to `dtype`.
 
     The model comes in evaluation mode on the CPU, and `save_pretrained` writes an ordinary folder,
     whatever form it was read from. Code shipped with a model is never run.
@@ -174,10 +194,8 @@ def load_llm(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Llam
     return load_model(source, config, dtype), tokenizer
 
 
-def load_model(
-    source: Source, config: LlamaConfig, dtype: torch.dtype = torch.float32
-) -> LlamaForCausalLM:
-    """Load the weights alone; see `load_llm`.
+def load_model(source: Source, config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Load the weights alone, as a model of `config`; see `load_llm`.
 
     Raises:
         UserError: damaged weights, or weights of another configuration.
@@ -187,24 +205,27 @@ def load_model(
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with quiet():
-            loaded: Any = LlamaForCausalLM.from_pretrained(
-                source.folder, config=config, dtype=dtype, output_loading_info=True, **options
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype, output_loading_info=True, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{source.name}: the weights cannot be read (damaged, or not of this configuration); "
             f"download them again: {error}"
         ) from error
-    model: LlamaForCausalLM = loaded[0]
+    model = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):
         # transformers would go on with random numbers in their place
         raise UserError(
             f"{source.name}: {len(missing)} weights are missing (the first is {missing[0]}); "
             "the files do not belong to this configuration, download them again"
         )
-    if source.gguf:
-        # built anew from the unpacked tensors: nothing of the quantised loader stays on it
-        generation = model.generation_config
-        model = build_llama(_clean(model.config), model.state_dict())
-        model.generation_config = generation
-    return model.eval()
+    # built anew from the tensors: nothing of a quantised loader stays, and a Qwen2 is a Llama
+    state = model.state_dict()
+    if model.config.model_type == "qwen2":
+        for i in range(config.num_hidden_layers):
+            zeros = torch.zeros(config.hidden_size, dtype=dtype)
+            state[f"model.layers.{i}.self_attn.o_proj.bias"] = zeros
+    built = build_lm(copy.deepcopy(config), state)
+    built.generation_config = model.generation_config
+    return built

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
 from drama.console import progress
 from drama.prune.loss import inference
@@ -48,7 +48,7 @@ class Statistics:
 class _Sums:
     """Running sums, fed by forward hooks."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: Any) -> None:
         shape, device = Shape.of(model.config), model.device
         num_norms = 2 * shape.layers + 1
         self.num_layers = shape.layers
@@ -90,7 +90,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooks(model: LlamaForCausalLM, sums: _Sums) -> Iterator[None]:
+def _hooks(model: Any, sums: _Sums) -> Iterator[None]:
     handles = []
     for i, layer in enumerate(model.model.layers):
         handles += [
@@ -106,14 +106,14 @@ def _hooks(model: LlamaForCausalLM, sums: _Sums) -> Iterator[None]:
             handle.remove()
 
 
-def norms_of(model: LlamaForCausalLM) -> list[nn.Module]:
+def norms_of(model: Any) -> list[nn.Module]:
     """Return the M norms in order of use: two per layer, then the final one."""
     layers = model.model.layers
     pairs = [(layer.input_layernorm, layer.post_attention_layernorm) for layer in layers]
     return [norm for pair in pairs for norm in pair] + [model.model.norm]
 
 
-def collect(model: LlamaForCausalLM, rows_RN: Tensor, dtype: torch.dtype) -> Statistics:
+def collect(model: Any, rows_RN: Tensor, dtype: torch.dtype) -> Statistics:
     """Run the model once over rows [R, N] of token ids and return the statistics.
 
     The model runs as it is (causal), without its output layer, matrix products in `dtype`. Memory

@@ -9,8 +9,17 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 VOCAB = 64
 LLAMA3_ROPE = {
@@ -23,13 +32,17 @@ LLAMA3_ROPE = {
 }
 
 MakeLlama = Callable[..., LlamaForCausalLM]
+CONFIGS = {
+    "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
+}  # fmt: skip
 
 
 @pytest.fixture
 def make_llama() -> MakeLlama:
-    """Tiny random GQA Llama, float64: 4 layers, hidden 48, 6 query and 3 KV heads, FFN 40."""
+    """Tiny random GQA Llama or relative, float64: 4 layers, hidden 48, 6 query and 3 KV heads, FFN
+    40."""
 
-    def make(**changes: Any) -> LlamaForCausalLM:
+    def make(family: str = "llama", **changes: Any) -> Any:
         options: dict[str, Any] = {
             "vocab_size": VOCAB,
             "hidden_size": 48,
@@ -44,7 +57,8 @@ def make_llama() -> MakeLlama:
             "eos_token_id": 1,
         }
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**options | changes)).double().eval()
+        config = CONFIGS[family](**options | changes)
+        model = AutoModelForCausalLM.from_config(config).double().eval()
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 # as built, norms are all ones and blocks add next to nothing
@@ -59,11 +73,12 @@ def make_llama() -> MakeLlama:
 def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' RMSNorm computes in float32; identities are tested in float64."""
 
-    def forward(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         variance = x.pow(2).mean(-1, keepdim=True)
         return self.weight * (x * torch.rsqrt(variance + self.variance_epsilon))
 
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    for norm in (LlamaRMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -26,6 +26,7 @@ def test_of_reads_a_configuration_with_and_without_head_dim() -> None:
         ("layers=12, hidden=768,heads=12,ffn=3072", Shape(12, 768, 12, 3, 3072, 64)),
         ("kv_heads=3,hidden=768", Shape(16, 768, 12, 3, 8192, 64)),
         ("layers=4", Shape(4, 2048, 32, 8, 8192, 64)),
+        ("hidden=768,heads=16,kv_heads=8", Shape(16, 768, 16, 8, 8192, 64)),
     ],
 )
 def test_parse_target(text: str, expected: Shape) -> None:
@@ -44,7 +45,8 @@ def test_parse_target(text: str, expected: Shape) -> None:
         ("layers=17", ["layers=17", "source's 16", "nearest valid choice is 16"]),
         ("heads=10", ["heads=10", "4 query heads", "heads=8"]),
         ("heads=1", ["heads=1 ", "nearest valid choice is heads=4"]),
-        ("heads=12,kv_heads=4", ["group size of 4", "kv_heads=3"]),
+        ("heads=12,kv_heads=5", ["heads=12 with kv_heads=5", "1 to 4", "heads=10"]),
+        ("heads=32,kv_heads=4", ["heads=32 with kv_heads=4", "heads=16"]),
         ("hidden=776,heads=12", ["hidden=776", "multiple of heads=12", "hidden=780", "heads=8"]),
         ("hidden=4,heads=32", ["hidden=4", "hidden=32", "heads=4"]),
     ],

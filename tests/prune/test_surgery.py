@@ -29,6 +29,7 @@ def everything(model: LlamaForCausalLM, **changes: Any) -> Plan:
         "layers": tuple(range(shape.layers)),
         "hidden": tuple(range(shape.hidden)),
         "kv_groups": (tuple(range(shape.kv_heads)),) * shape.layers,
+        "query_heads": (tuple(range(shape.group)),) * shape.layers,
         "ffn": (tuple(range(shape.ffn)),) * shape.layers,
         "norm_scales": (1.0,) * (2 * shape.layers + 1),
     }
@@ -119,9 +120,16 @@ def test_keeping_everything_changes_nothing(make_llama: Any, form: dict[str, Any
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_weight_comes_from_its_place(make_llama: Any, tied: bool) -> None:
+@pytest.mark.parametrize("places", [(0, 1), (1,)])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_weight_comes_from_its_place(
+    make_llama: Any, family: str, places: tuple[int, ...], tied: bool
+) -> None:
     """Each weight is overwritten with its row and column number, and read back after the cut."""
-    model = make_llama(tie_word_embeddings=tied, head_dim=8)
+    mlp_bias = {"mlp_bias": True} if family == "llama" else {}
+    model = make_llama(
+        family, tie_word_embeddings=tied, head_dim=8, attention_bias=True, **mlp_bias
+    )
     with torch.no_grad():
         for weight in model.parameters():
             rows = torch.arange(weight.shape[0], dtype=torch.float64)
@@ -133,6 +141,7 @@ def test_every_weight_comes_from_its_place(make_llama: Any, tied: bool) -> None:
         layers=(1, 3),
         hidden=hidden,
         kv_groups=((0, 2), (1, 2)),
+        query_heads=(places, places),
         ffn=((0, 5, 39), (1, 2, 20)),
         norm_scales=(2.0, 3.0, 4.0, 5.0, 6.0),
     )
@@ -141,30 +150,66 @@ def test_every_weight_comes_from_its_place(make_llama: Any, tied: bool) -> None:
 
     def expect(name: str, rows: list[int], columns: tuple[int, ...] | list[int]) -> None:
         wanted = [[row * 1000.0 + column for column in columns] for row in rows]
-        assert state.pop(name).tolist() == wanted, name
+        assert state.pop(name + ".weight").tolist() == wanted, name
+        if name + ".bias" in before or name.replace("layers.0", "layers.1") + ".bias" in before:
+            assert state.pop(name + ".bias").tolist() == [float(row) for row in rows], name
 
-    queries = {(0, 2): [*range(0, 16), *range(32, 48)], (1, 2): list(range(16, 48))}
+    # two query heads of eight rows to a group: the first place, the second, or both
+    starts = {(0, 1): (0, 16), (1,): (8, 16)}[places]
+    queries = {
+        (0, 2): [*range(starts[0], 16), *range(starts[0] + 32, 48)],
+        (1, 2): [*range(starts[0] + 16, 32), *range(starts[0] + 32, 48)],
+    }
     keys = {(0, 2): [*range(0, 8), *range(16, 24)], (1, 2): list(range(8, 24))}
     for i, (groups, ffn) in enumerate(zip(plan.kv_groups, plan.ffn, strict=True)):
         at = f"model.layers.{i}."
-        expect(at + "self_attn.q_proj.weight", queries[groups], hidden)
-        expect(at + "self_attn.k_proj.weight", keys[groups], hidden)
-        expect(at + "self_attn.v_proj.weight", keys[groups], hidden)
-        expect(at + "self_attn.o_proj.weight", list(hidden), queries[groups])
-        expect(at + "mlp.gate_proj.weight", list(ffn), hidden)
-        expect(at + "mlp.up_proj.weight", list(ffn), hidden)
-        expect(at + "mlp.down_proj.weight", list(hidden), ffn)
+        expect(at + "self_attn.q_proj", queries[groups], hidden)
+        expect(at + "self_attn.k_proj", keys[groups], hidden)
+        expect(at + "self_attn.v_proj", keys[groups], hidden)
+        expect(at + "self_attn.o_proj", list(hidden), queries[groups])
+        expect(at + "mlp.gate_proj", list(ffn), hidden)
+        expect(at + "mlp.up_proj", list(ffn), hidden)
+        expect(at + "mlp.down_proj", list(hidden), ffn)
         norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
         for norm, factor in zip(norms, plan.norm_scales[2 * i : 2 * i + 2], strict=True):
             assert state.pop(at + norm).tolist() == [factor * channel for channel in hidden]
-    expect("model.embed_tokens.weight", list(range(64)), hidden)
-    expect("lm_head.weight", list(range(64)), hidden)
+        if family == "qwen3":
+            for norm in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+                assert state.pop(at + norm).tolist() == list(range(8))
+    expect("model.embed_tokens", list(range(64)), hidden)
+    expect("lm_head", list(range(64)), hidden)
     assert state.pop("model.norm.weight").tolist() == [6.0 * channel for channel in hidden]
     assert not state
     assert small.dtype == torch.float64
     assert (small.lm_head.weight is small.model.embed_tokens.weight) == tied
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.usefixtures("exact_norms")
+def test_query_heads_that_nothing_reads_are_cut_exactly(make_llama: Any, family: str) -> None:
+    """Two heads of three in each of two groups stay, at other places in every layer."""
+    model = make_llama(family, num_key_value_heads=2, head_dim=8)
+    gone = [0, 2, 1, 2]
+    with torch.no_grad():
+        for layer, place in zip(model.model.layers, gone, strict=True):
+            for head in (place, 3 + place):
+                layer.self_attn.o_proj.weight[:, head * 8 : head * 8 + 8] = 0
+    kept = tuple(tuple(j for j in range(3) if j != place) for place in gone)
+    small = cut(model, everything(model, query_heads=kept))
+    assert small.config.num_attention_heads == 4
+    assert small.config.num_key_value_heads == 2
+    torch.testing.assert_close(logits(small), logits(model), rtol=0, atol=1e-10)
+
+
+@pytest.mark.usefixtures("exact_norms")
+def test_the_place_with_the_least_attention_output_goes(make_llama: Any) -> None:
+    model = make_llama(num_key_value_heads=2, head_dim=8)
+    plan, _ = prune_by_importance(model, "heads=4,kv_heads=2")
+    heads_LGJE = collect(model, IDS_RN, torch.float32).attention.view(4, 2, 3, 8)
+    least = [min(range(3), key=lambda j: layer[:, j].sum().item()) for layer in heads_LGJE]
+    assert plan.query_heads == tuple(tuple(j for j in range(3) if j != i) for i in least)
 
 
 @pytest.mark.parametrize("form", FORMS)
