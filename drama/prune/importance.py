@@ -16,8 +16,8 @@ English Wikipedia, settled the variants: FFN 1536 to 1024, |a| 4.40, times the n
 column 4.48, random 8.04; KV groups 3 to 2, as above 3.97, times the norms of o_proj's columns 4.56,
 random 8.58; hidden 576 to 504, as above 4.46, random 9.84.
 
-L layers, M = 2L+1 norms, D hidden channels, G KV groups, J query heads a group, I FFN channels, all of
-the source.
+L layers, M = 2L+1 norms, D hidden channels, G KV groups, J query heads a group, I FFN
+channels, all of the source.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from drama.prune.surgery import Plan
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores, float64: layer [L], hidden [D], kv_group [L, G], query_head [L, J], ffn [L, I]; higher
-    stays longer."""
+    """Scores, float64; higher stays longer.
+
+    layer [L], hidden [D], kv_group [L, G], query_head [L, J], ffn [L, I].
+    """
 
     layer: Tensor
     hidden: Tensor

@@ -57,7 +57,7 @@ def prune(
     seed: int = 0,
     dry_run: bool = False,
 ) -> PruneReport:
-    """Prune the language model at `model_path` to `target` and write it to `out` as a Hugging Face folder.
+    """Prune the model at `model_path` to `target` and write it to `out` as a Hugging Face folder.
 
     The folder holds float32 weights, the tokenizer, and pruning.json: shapes, kept indices, scores,
     the calibration text's sha256, and the held-out loss before and after. It appears whole or not
@@ -92,7 +92,7 @@ def prune(
 
     model = load_model(where, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     dtype = pass_dtype(device)
     console.print(f"calibration passes: {dtype} on {device.type}".replace("torch.", ""))
     statistics = collect(model, text.scoring, dtype)

@@ -29,13 +29,14 @@ class Shape:
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Shape:
         """Read the shape from a configuration."""
+        head_dim = getattr(config, "head_dim", None)
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads or config.num_attention_heads,
             ffn=config.intermediate_size,
-            head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
             attention_bias=getattr(config, "attention_bias", False),
             mlp_bias=getattr(config, "mlp_bias", False),
             qk_norm=config.model_type == "qwen3",
@@ -98,7 +99,7 @@ def parse_target(text: str, source: Shape) -> Shape:
         sizes = sizes | {"kv_heads": sizes["heads"] // source.group}
     if "kv_heads" in sizes and "heads" not in sizes:
         sizes = sizes | {"heads": sizes["kv_heads"] * source.group}
-    target = replace(source, **sizes)
+    target = replace(source, **sizes)  # type: ignore[arg-type]
     _check(target, source, text)
     return target
 

@@ -106,7 +106,7 @@ def _hooks(model: Any, sums: _Sums) -> Iterator[None]:
             handle.remove()
 
 
-def norms_of(model: Any) -> list[nn.Module]:
+def norms_of(model: Any) -> list[Any]:
     """Return the M norms in order of use: two per layer, then the final one."""
     layers = model.model.layers
     pairs = [(layer.input_layernorm, layer.post_attention_layernorm) for layer in layers]
