@@ -39,6 +39,14 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def sum(self, value: float) -> float:
+        """The sum over all ranks; a collective."""
+        if self.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
+
     @classmethod
     @contextmanager
     def start(cls) -> Iterator[Ranks]:

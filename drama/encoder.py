@@ -22,6 +22,7 @@ from drama.attention import ATTENTION_NAME
 from drama.blocks import Execution, run_blocks
 from drama.data.packing import PackedBatch, count_chunks, even_chunks, pack
 from drama.errors import UserError
+from drama.hf import exact_rotary
 from drama.kernels.pool import PooledNorm, pool_last, pool_mean
 from drama.tokenizer import Kind, TextEncoder, load_tokenizer
 
@@ -162,18 +163,9 @@ class Encoder(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
-        """Move or cast as usual, but keep the rotary frequencies in float32.
-
-        `module.bfloat16()`, which DeepSpeed calls, would round them too: positions past a few
-        hundred would then rotate by wrong angles.
-        """
-        rotary = self.backbone.rotary_emb
-        exact = {n: b for n, b in rotary.named_buffers() if b.dtype == torch.float32}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            moved = getattr(rotary, name)
-            if moved.dtype != torch.float32:
-                setattr(rotary, name, buffer.to(moved.device))
+        """Move or cast as usual, but keep the rotary frequencies in float32."""
+        with exact_rotary(self.backbone.rotary_emb):
+            super()._apply(fn, recurse)
         return self
 
     # -- texts to vectors ---------------------------------------------------------------------

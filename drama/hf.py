@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from drama.errors import UserError
@@ -57,6 +59,21 @@ def build_lm(config: PreTrainedConfig, state: dict[str, Tensor]) -> Any:
     # its buffers are not part of a state dict, so they would stay on the meta device
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
+
+
+@contextmanager
+def exact_rotary(rotary: nn.Module) -> Iterator[None]:
+    """Around a cast of a model: keep its rotary frequencies in float32.
+
+    `module.bfloat16()`, which DeepSpeed calls, would round them too: positions past a few hundred
+    would then rotate by wrong angles.
+    """
+    exact = {n: b for n, b in rotary.named_buffers() if b.dtype == torch.float32}
+    yield
+    for name, buffer in exact.items():
+        moved = getattr(rotary, name)
+        if moved.dtype != torch.float32:
+            setattr(rotary, name, buffer.to(moved.device))
 
 
 def model_sha256(folder: str | Path) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from drama.console import console
+from drama.distributed import Ranks
 from drama.files import replacing
 
 # dense bf16 peak in FLOP/s, from the vendors' data sheets, by a part of the device's name
@@ -62,6 +64,20 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.15)
         if device.type == "cuda":
             torch.cuda.synchronize()
     return 2 * size**3 * count / (time.perf_counter() - start)
+
+
+def faster_precision(ranks: Ranks) -> str:
+    """ "bf16" or "fp32", whichever the ranks multiply faster; a collective."""
+    if ranks.device.type == "cuda":
+        return "bf16"
+    rates = {
+        name: ranks.sum(matmul_rate(ranks.device, dtype))
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    }
+    best = max(rates, key=lambda name: rates[name])
+    shown = ", ".join(f"{n} {r / 1e9:,.0f} GFLOP/s" for n, r in rates.items())
+    console.print(f"precision: {best} (matrix product: {shown})")
+    return best
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

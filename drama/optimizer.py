@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from drama.recipe import TrainRecipe
+from drama.settings import Optimization, Schedule
 
 
 class Pace(NamedTuple):
@@ -24,7 +24,7 @@ class Pace(NamedTuple):
     flat_until: int
 
     @classmethod
-    def of(cls, train: TrainRecipe, num_steps: int, warmup: int | None = None) -> Pace:
+    def of(cls, train: Schedule, num_steps: int, warmup: int | None = None) -> Pace:
         """The recipe's for `num_steps`. warmup: of the run that goes on; a prolonged one would
         otherwise be back in a longer warm-up."""
         if warmup is None:
@@ -57,7 +57,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def adamw(
-    module: nn.Module, train: TrainRecipe, device: torch.device, *, offloaded: bool
+    module: nn.Module, train: Optimization, device: torch.device, *, offloaded: bool
 ) -> torch.optim.Optimizer:
     """AdamW: DeepSpeed's fused kernel where its extension can be built, else torch's.
 
@@ -77,14 +77,14 @@ def adamw(
 
 
 def schedule(
-    optimizer: torch.optim.Optimizer, train: TrainRecipe, pace: Pace
+    optimizer: torch.optim.Optimizer, train: Schedule, pace: Pace
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The recipe's learning rates at this pace."""
     factor = functools.partial(learning_rate_factor, train=train, pace=pace)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def learning_rate_factor(step: int, *, train: TrainRecipe, pace: Pace) -> float:
+def learning_rate_factor(step: int, *, train: Schedule, pace: Pace) -> float:
     """Share of the peak rate at a step (from 0): linear warm-up, then the recipe's schedule, which
     is at `min_lr_ratio` after the last step.
 

@@ -8,33 +8,16 @@ and the nearest valid one.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from drama.data.lines import is_url
-from drama.errors import UserError, nearest
-from drama.files import replacing
+from drama.errors import UserError
+from drama.settings import Optimization, Positive, Settings, Strict
 
-DS_CONFIGS = Path(__file__).parent / "ds_configs"
 TEMPERATURE_RANGE = (0.005, 1.0)  # of a learned one, as CLIP clips its logit scale
-# sections of the DeepSpeed JSON, and the module that each needs
-MONITORS = {"wandb": "wandb", "comet": "comet_ml"}
-Positive = Annotated[int, Field(ge=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
 
 # YAML 1.1 reads a bare on or off as true or false
 OnOff = Annotated[
@@ -50,11 +33,7 @@ def _folder_or_address(value: Any) -> Any:
 ShardFolder = Annotated[Path | str, BeforeValidator(_folder_or_address)]  # s3://, hf://, ...
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class RopeRecipe(_Strict):
+class RopeRecipe(Strict):
     """Rotary positions other than the backbone's own; the keys are those of transformers."""
 
     rope_theta: Annotated[float, Field(gt=0)] | None = None
@@ -65,7 +44,7 @@ class RopeRecipe(_Strict):
     high_freq_factor: Annotated[float, Field(gt=0)] | None = None  # llama3
 
 
-class ModelRecipe(_Strict):
+class ModelRecipe(Strict):
     """The backbone and how it becomes a retriever."""
 
     path: Path
@@ -77,7 +56,7 @@ class ModelRecipe(_Strict):
     freeze_embeddings: bool = False  # the embedding table stays as it is: no gradient, no state
 
 
-class DataRecipe(_Strict):
+class DataRecipe(Strict):
     """Which shards, and how a record becomes rows of a batch."""
 
     shards: list[ShardFolder] = Field(min_length=1)
@@ -87,7 +66,7 @@ class DataRecipe(_Strict):
     lanes: Positive = 64  # virtual ranks; the data order does not depend on the real ones
     block: Positive = 256  # records that stay together when the corpus is shuffled
     window: Positive = 1024  # records of a lane that are shuffled among each other
-    weights: dict[str, Annotated[float, Field(gt=0)]] = {}  # of sources in a mixture
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})  # of sources in a mixture
     batches: Literal["mixed", "one_source"] = "mixed"
     language_alpha: Annotated[float, Field(ge=0, le=1)] | None = (
         None  # below 1 lifts rare languages
@@ -98,13 +77,15 @@ class DataRecipe(_Strict):
     cache_gb: Annotated[float, Field(gt=0)] = 16.0
 
 
-class LossRecipe(_Strict):
+class LossRecipe(Strict):
     """InfoNCE over the global batch."""
 
     temperature: Annotated[float, Field(gt=0)] = 0.02
     learn_temperature: bool = False  # from there on, with the model's learning rate
-    matryoshka_dims: list[Positive] = []  # ascending, the last one is the model's width
-    matryoshka_weights: list[float] = []
+    matryoshka_dims: list[Positive] = Field(
+        default=[]
+    )  # ascending, the last one is the model's width
+    matryoshka_weights: list[float] = Field(default=[])
     margin: Annotated[float, Field(ge=0)] | None = (
         None  # cosine; columns above positive + margin are no negatives
     )
@@ -117,38 +98,28 @@ class LossRecipe(_Strict):
     spread_weight: Annotated[float, Field(ge=0)] = 0.0  # of the mean squared cosine of strangers
 
 
-class EvalRecipe(_Strict):
+class EvalRecipe(Strict):
     """What the model is judged by while it trains; the best one is kept in RUN/best."""
 
     every: Positive = 200  # steps
-    shards: list[ShardFolder] = []  # held-out records: their loss
+    shards: list[ShardFolder] = Field(default=[])  # held-out records: their loss
     max_records: Positive = 4096  # of them
-    beir: list[Path] = []  # folders in BEIR's layout: nDCG@10, which decides what is best
+    beir: list[Path] = Field(
+        default=[]
+    )  # folders in BEIR's layout: nDCG@10, which decides what is best
     split: str = "test"
 
 
-class TrainRecipe(_Strict):
+class TrainRecipe(Optimization):
     """Optimisation, memory and pace."""
 
     batch_size: Positive = 2048  # queries in the global batch
     steps: Positive | None = None  # exactly one of steps and epochs
     epochs: Annotated[float, Field(gt=0)] | None = None
-    lr: Annotated[float, Field(gt=0)] = 2e-4
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the steps; wsd only
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[Beta, Beta] = (0.9, 0.98)
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0  # 0 turns clipping off
     token_budget: Positive = 8192  # tokens a chunk: memory, not mathematics
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    deepspeed: str = "zero3"  # a name in ds_configs/ or a path to a JSON
-    save_every: Positive = 500
-    keep_last: Positive = 2  # checkpoints; in wsd the newest of the flat part stays too
 
 
-class StepRecipe(_Strict):
+class StepRecipe(Strict):
     """How a step is computed. None of it changes the gradient, only time and memory."""
 
     keep_graphs: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # chunks not encoded twice
@@ -161,12 +132,9 @@ class StepRecipe(_Strict):
     compile: bool = False  # torch.compile of norms and feed-forward; not with ZeRO 3
 
 
-class Recipe(_Strict):
+class Recipe(Settings):
     """One run. `output` is the run folder."""
 
-    name: str
-    output: Path
-    seed: int = 0
     model: ModelRecipe
     data: DataRecipe
     loss: LossRecipe = LossRecipe()
@@ -213,168 +181,20 @@ class Recipe(_Strict):
             )
         return self
 
-    @classmethod
-    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-        """Read a YAML recipe and apply `key.path=value` overrides (values are YAML).
-
-        Raises:
-            UserError: unreadable file, bad YAML, unknown key, wrong type, impossible combination.
-        """
-        path = Path(path)
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"recipe {path} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {path} cannot be read: {error}") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"recipe {path} is not valid YAML: {error}") from error
-        if not isinstance(tree, dict):
-            raise UserError(f"recipe {path}: expected a mapping with name, output, model, data")
-        for override in overrides:
-            _override(tree, override)
-        return cls.from_tree(tree, where=f"recipe {path}")
-
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any], where: str = "recipe") -> Recipe:
-        """Validate an already parsed tree.
-
-        Raises:
-            UserError: as `load`.
-        """
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            raise UserError(f"{where}: {_first_fault(error)}") from error
-
-    def save(self, path: str | Path) -> None:
-        """Write the resolved recipe, every default spelled out."""
-        with replacing(path) as temporary:
-            temporary.write_text(
-                yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-                encoding="utf-8",
-            )
-
-    def with_values(self, **paths: Any) -> Recipe:
-        """Return a copy with resolved values; keys are written `train__precision="bf16"`."""
-        tree = self.model_dump(mode="json")
-        for dotted, value in paths.items():
-            *parents, leaf = dotted.split("__")
-            node = tree
-            for parent in parents:
-                node = node[parent]
-            node[leaf] = value
-        return type(self).from_tree(tree)
-
     def deepspeed_config(self, *, world_size: int) -> dict[str, Any]:
         """The DeepSpeed JSON with every "auto" filled in from the recipe.
 
         Raises:
             UserError: no such file, or a value that contradicts the recipe.
         """
-        path = _deepspeed_path(self.train.deepspeed)
-        try:
-            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not readable as JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{path}: expected a JSON object, as in {DS_CONFIGS / 'zero3.json'}")
-        for key in ("bf16", "fp16"):
-            if not isinstance(config.get(key, {}), dict):
-                raise UserError(f'{path}: {key} must be an object such as {{"enabled": "auto"}}')
-        for key in ("optimizer", "scheduler"):  # DeepSpeed would leave them out without a word
-            if key in config:
-                raise UserError(f"{path}: {key} is set by the recipe (train.lr, ...); remove it")
-        for key in ("tensorboard", *MONITORS):
-            if not isinstance(config.get(key, {}), dict):
-                raise UserError(f'{path}: {key} must be an object such as {{"enabled": true}}')
-        for key, module in MONITORS.items():
-            if config.get(key, {}).get("enabled") and find_spec(module) is None:
-                raise UserError(
-                    f"{path}: {key} is enabled, but {module} is not installed; pip install {module}"
-                )
         # one optimiser step is one DeepSpeed micro-batch: the gradient cache does the accumulation
         per_rank = max(1, self.train.batch_size // world_size)
-        expected: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": per_rank,
-            "gradient_accumulation_steps": 1,
-            "train_batch_size": per_rank * world_size,
-            "gradient_clipping": self.train.grad_clip,
-        }
-        for key, value in expected.items():
-            if config.get(key, "auto") != "auto" and config[key] != value:
-                raise UserError(f"{path}: {key} is {config[key]}, but the recipe gives {value}")
-            config[key] = value
-        bf16 = config.setdefault("bf16", {})
-        wanted = self.train.precision == "bf16"
-        if bf16.get("enabled", "auto") not in ("auto", wanted):
-            raise UserError(
-                f"{path}: bf16.enabled is {bf16['enabled']}, but train.precision is "
-                f"{self.train.precision}"
-            )
-        bf16["enabled"] = wanted
+        config = self.train.deepspeed_config(world_size=world_size, rows_per_rank=per_rank)
         stage = config.get("zero_optimization", {}).get("stage", 0)
-        if wanted and stage == 0:
-            raise UserError(
-                f"{path}: ZeRO stage 0 in bf16 keeps no float32 weights to export; use zero1, or "
-                "train.precision fp32"
-            )
         if self.step.compile and stage == 3:
             raise UserError(
-                f"step.compile does not go with ZeRO 3 ({path}): its weights are gathered by hooks "
-                "that a compiled module never runs; take zero1 or zero2, or step.compile false"
+                f"step.compile does not go with ZeRO 3 ({self.train.deepspeed}): its weights are "
+                "gathered by hooks that a compiled module never runs; take zero1 or zero2, or "
+                "step.compile false"
             )
-        if config.get("fp16", {}).get("enabled"):
-            raise UserError(f"{path}: fp16 is not supported; use train.precision bf16 or fp32")
         return config
-
-
-def _deepspeed_path(name: str) -> Path:
-    shipped = {path.stem: path for path in DS_CONFIGS.glob("*.json")}
-    if name in shipped:
-        return shipped[name]
-    if Path(name).is_file():
-        return Path(name)
-    raise UserError(
-        f"train.deepspeed '{name}' is neither one of {', '.join(sorted(shipped))} nor a file"
-        + nearest(name, shipped)
-    )
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise UserError(f"--set {override}: write key.path=value, for example train.lr=3e-4")
-    *parents, leaf = dotted.strip().split(".")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override}: {parent} is a value, not a section")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
-    node[leaf] = value  # YAML 1.1 reads 3e-4 as a string; pydantic makes a number of it
-
-
-def _first_fault(error: ValidationError) -> str:
-    faults = error.errors()
-    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    location = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        known = _known_keys(fault["loc"][:-1])
-        return f"unknown key {location}{nearest(str(fault['loc'][-1]), known)}"
-    if fault["type"] == "missing":
-        return f"{location} is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    if not location:
-        return message
-    return f"{location}: {message} (got {fault['input']!r})"
-
-
-def _known_keys(location: Sequence[int | str]) -> list[str]:
-    model: Any = Recipe
-    for part in location:
-        model = model.model_fields[part].annotation
-    return list(model.model_fields)

@@ -16,7 +16,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from drama import checkpoint, choices
@@ -34,9 +33,10 @@ from drama.files import recovered, replacing
 from drama.gradcache import GradCache, StepOutput
 from drama.hf import model_sha256
 from drama.loss import ContrastiveLoss
-from drama.metrics import matmul_rate, peak_flops
+from drama.metrics import faster_precision, peak_flops
 from drama.optimizer import Pace, adamw, schedule
 from drama.recipe import EvalRecipe, Recipe, StepRecipe
+from drama.settings import check_same_run
 from drama.teacher import TeacherVectors
 from drama.telemetry import Telemetry
 from drama.temperature import LearnedTemperature
@@ -93,7 +93,7 @@ class Trainer:
             recipe,
             self.engine,
             ranks,
-            peak=self._sum(peak_flops(ranks.device, self.dtype)),
+            peak=self.ranks.sum(peak_flops(ranks.device, self.dtype)),
             order=self.batches.order,
         )
 
@@ -107,23 +107,17 @@ class Trainer:
             if stored.is_file():
                 precision = Recipe.load(stored).train.precision
             else:
-                precision = self._faster_precision()
+                precision = faster_precision(self.ranks)
         settled = recipe.with_values(train__precision=precision)
         if stored.is_file():
-            _check_same_run(Recipe.load(stored), settled)
+            free = dict(_FREE_KEYS)
+            if settled.train.schedule in (
+                "wsd",
+                "constant",
+            ):  # the others look at the end all along
+                free["train"] = free["train"] | {"steps", "epochs"}
+            check_same_run(Recipe.load(stored), settled, free)
         return settled
-
-    def _faster_precision(self) -> str:
-        if self.ranks.device.type == "cuda":
-            return "bf16"
-        rates = {
-            name: self._sum(matmul_rate(self.ranks.device, dtype))
-            for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
-        }
-        best = max(rates, key=lambda name: rates[name])
-        shown = ", ".join(f"{n} {r / 1e9:,.0f} GFLOP/s" for n, r in rates.items())
-        console.print(f"precision: {best} (matrix product: {shown})")
-        return best
 
     def _load_encoder(self) -> Encoder:
         recipe = self.recipe
@@ -364,7 +358,7 @@ class Trainer:
             UserError: a figure of this step is no number, on whichever rank.
         """
         wrong = [f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)]
-        if not self._sum(len(wrong)):
+        if not self.ranks.sum(len(wrong)):
             return
         saved = checkpoint.whole_checkpoints(self.recipe.output / "checkpoints")
         raise UserError(
@@ -444,13 +438,6 @@ class Trainer:
         why = self.batches.no_tokens
         return f"tokenised while training, {why}" if why else "token ids of the shards"
 
-    def _sum(self, value: float) -> float:
-        if self.ranks.world_size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.ranks.device)
-        dist.all_reduce(total)
-        return total.item()
-
 
 class _ErrorsAsValues(Dataset[RankBatch | UserError]):
     """Hands a bad record's error over as it is; DataLoader would wrap it in a traceback."""
@@ -469,23 +456,6 @@ def _start_worker(worker: int) -> None:
     # the tokenizer's thread pool does not survive a fork
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-
-
-def _check_same_run(stored: Recipe, now: Recipe) -> None:
-    free = dict(_FREE_KEYS)
-    if now.train.schedule in ("wsd", "constant"):  # the other schedules look at the end all the way
-        free["train"] = free["train"] | {"steps", "epochs"}
-    before, after = stored.model_dump(mode="json"), now.model_dump(mode="json")
-    for section, values in after.items():
-        pairs = values.items() if isinstance(values, dict) else [("", values)]
-        for key, value in pairs:
-            old = before[section][key] if key else before[section]
-            if old != value and key not in free.get(section, set()):
-                name = f"{section}.{key}".rstrip(".")
-                raise UserError(
-                    f"{now.output} holds a run with {name} = {old}, the recipe says {value}; "
-                    "give another output, or remove that folder"
-                )
 
 
 def train(recipe: Recipe) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drama.recipe import DS_CONFIGS
+from drama.settings import DS_CONFIGS
 from drama.testing import run_deepspeed
 
 WORKER = Path(__file__).parent / "workers" / "ds_configs.py"

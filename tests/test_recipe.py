@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from drama.errors import UserError
-from drama.recipe import DS_CONFIGS, Recipe
+from drama.recipe import Recipe
+from drama.settings import DS_CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL: dict[str, Any] = {
@@ -393,10 +394,10 @@ def test_a_monitor_that_is_not_installed_is_named(
     mine = tmp_path / "mine.json"
     mine.write_text(json.dumps(config))
     recipe = Recipe.load(path, [f"train.deepspeed={mine}", "train.precision=fp32"])
-    monkeypatch.setattr("drama.recipe.find_spec", lambda name: None)
+    monkeypatch.setattr("drama.settings.find_spec", lambda name: None)
     with pytest.raises(UserError, match="comet is enabled, but comet_ml is not installed"):
         recipe.deepspeed_config(world_size=1)
-    monkeypatch.setattr("drama.recipe.find_spec", lambda name: name)
+    monkeypatch.setattr("drama.settings.find_spec", lambda name: name)
     recipe.deepspeed_config(world_size=1)
     mine.write_text(json.dumps(config | {"tensorboard": True}))
     with pytest.raises(UserError, match="tensorboard must be an object"):

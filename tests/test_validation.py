@@ -22,8 +22,8 @@ from drama.data.writer import write_shards
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.kernels.infonce_reference import infonce_reference
-from drama.recipe import DS_CONFIGS
 from drama.retrieve.evaluate import evaluate
+from drama.settings import DS_CONFIGS
 from drama.teach import write_teacher_vectors
 from drama.testing import run_deepspeed
 from drama.validation import better

@@ -286,6 +286,21 @@ class Alive:
         ]
         torch.autograd.backward([*scales, penalty], [*grads, None])
 
+    def share(self) -> float:
+        """Share of the blocks' weights that is computed with."""
+        source = self.source
+        hidden = source.hidden if self.hidden is None else len(self.hidden)
+        heads = 2 * (source.heads + source.kv_heads) * source.head_dim
+        living = 0
+        for layer in self.layers:
+            if not layer.closed:
+                q = source.heads * source.head_dim if layer.q_rows is None else len(layer.q_rows)
+                kv = source.kv_heads * source.head_dim
+                kv = kv if layer.kv_rows is None else len(layer.kv_rows)
+                ffn = source.ffn if layer.ffn_rows is None else len(layer.ffn_rows)
+                living += hidden * (2 * (q + kv) + 3 * ffn)
+        return living / (source.layers * source.hidden * (heads + 3 * source.ffn))
+
     def plan(self) -> Plan:
         """The plan that keeps what lives; fold first. All layers must have one shape."""
         source, kept = self.source, self.gates.kept

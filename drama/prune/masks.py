@@ -69,6 +69,11 @@ class Gates:
     z: dict[str, Tensor]
     kept: dict[str, Tensor]
 
+    def to(self, device: torch.device) -> Gates:
+        """The same on another device."""
+        z, kept = ({k: x.to(device) for k, x in part.items()} for part in (self.z, self.kept))
+        return Gates(z, kept)
+
 
 class Masks:
     """The parameters of the masks and of their multipliers, in float32, the same on every rank.

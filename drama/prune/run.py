@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,20 +12,17 @@ import torch
 from torch import Tensor
 
 from drama.console import console
-from drama.errors import UserError
-from drama.files import replacing_folder
-from drama.hf import write_rope_keys
 from drama.prune.calibration import Calibration, read_calibration
 from drama.prune.importance import Importance, choose, score
 from drama.prune.loss import lm_loss, pass_dtype
+from drama.prune.output import check_out, write_model
 from drama.prune.shape import Shape, count_parameters, parse_target, plan_table
-from drama.prune.source import find_llm, load_model, load_tokenizer, quiet, read_config
+from drama.prune.source import find_llm, load_model, load_tokenizer, read_config
 from drama.prune.statistics import collect
 from drama.prune.surgery import Plan, cut
 
 ROW_LENGTH = 512
 HELD_OUT_TOKENS = 4096
-REPORT_NAME = "pruning.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def prune(
     vocab_size, tied = config.vocab_size, config.tie_word_embeddings
     out = Path(out)
     num_bytes = 4 * count_parameters(shape, vocab_size, tied).total
-    _check_out(out, where.folder, num_bytes)
+    check_out(out, where.folder, num_bytes)
     console.print(plan_table(source, shape, vocab_size=vocab_size, tied=tied))
     tokenizer: Any = load_tokenizer(where, vocab_size)
     text = read_calibration(
@@ -116,45 +111,12 @@ def prune(
         "scores": _score_facts(importance, plan),
         **{key: value for key, value in asdict(report).items() if key != "out"},
     }
-    _write(small, tokenizer, facts, out)
+    write_model(small, tokenizer, facts, out)
     console.print(
         f"held-out loss {loss_before:.3f} before, {loss_after:.3f} after "
         f"(perplexity {math.exp(loss_before):,.1f} and {math.exp(loss_after):,.1f})"
     )
     return report
-
-
-def _check_out(out: Path, source_folder: Path, num_bytes: int) -> None:
-    """Refuse an output that would destroy something or cannot hold the model."""
-    source, target = source_folder.resolve(), out.resolve()
-    if target == source or target in source.parents or source in target.parents:
-        raise UserError(
-            f"{out}: the output overlaps the source model {source_folder}; name another"
-        )
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; name a folder for the pruned model")
-    if out.is_dir() and any(out.iterdir()) and not (out / REPORT_NAME).is_file():
-        raise UserError(
-            f"{out}: holds files that are no pruned model (no {REPORT_NAME}), and would be "
-            "replaced; name an empty or new folder"
-        )
-    existing = next(parent for parent in target.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise UserError(
-            f"{out}: the pruned model takes {num_bytes / 1e6:,.0f} MB, the disk has "
-            f"{free / 1e6:,.0f} MB free; free some or name another disk"
-        )
-
-
-def _write(small: Any, tokenizer: Any, facts: dict[str, Any], out: Path) -> None:
-    with replacing_folder(out) as folder:
-        with quiet():
-            small.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        write_rope_keys(folder)
-        text = json.dumps(facts, indent=1, allow_nan=False)
-        (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def _calibration_facts(path: str | Path, text: Calibration, seed: int) -> dict[str, Any]:

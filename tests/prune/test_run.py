@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from drama.errors import UserError
-from drama.prune import run
+from drama.prune import output, run
 from drama.prune.calibration import read_calibration
 from drama.prune.importance import choose, score
 from drama.prune.loss import lm_loss, pass_dtype
@@ -118,8 +118,8 @@ def test_outputs_that_would_destroy_something_are_refused(
 def test_a_disk_too_small_is_seen_before_the_work(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = run.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = output.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"small: the pruned model takes .* MB free"):
         prune(model_folder, TARGET, text_file, tmp_path / "small")
 

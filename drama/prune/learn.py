@@ -1,0 +1,474 @@
+"""Prune by learned masks: language-model training in which masks close until a shape is reached.
+
+    RUN/recipe.yaml  metrics.jsonl  text/  checkpoints/step-N/  model/  tensorboard/
+
+A step draws one set of masks, the same on every rank; the weights' gradients go through DeepSpeed's
+engine on any ZeRO stage, those of the masks are a few ten thousand numbers that are added up over
+the ranks and stepped beside it (`drama.prune.masks`).
+
+B rows of a pass, N tokens a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from drama import checkpoint
+from drama.console import console, progress
+from drama.distributed import Ranks
+from drama.errors import UserError
+from drama.hf import build_lm, exact_rotary, model_sha256
+from drama.metrics import MetricsFile, faster_precision, peak_memory_mib
+from drama.optimizer import Pace, adamw, learning_rate_factor, schedule
+from drama.prune.alive import Alive, fold, install, make_maskable
+from drama.prune.domains import DomainWeights
+from drama.prune.masks import Gates, Masks
+from drama.prune.output import check_out, write_model
+from drama.prune.recipe import PruneRecipe
+from drama.prune.shape import Shape, count_parameters, parse_target, plan_table
+from drama.prune.source import find_llm, load_model, load_tokenizer, read_config
+from drama.prune.surgery import cut
+from drama.prune.text import TextStream, find_texts, open_domain, sha256_of, tokenise
+from drama.settings import check_same_run
+
+MASK_FILE = "masks.safetensors"
+ADAM_BETAS = (0.9, 0.95)
+# what may differ when a run goes on: none of it changes the mathematics
+_FREE_KEYS = {
+    "train": {"save_every", "keep_last", "rows_per_pass", "recompute_blocks"},
+    "eval": {"every"},
+}
+
+
+class LanguageModel(nn.Module):
+    """Token ids [B, N] to the mean next-token cross entropy of every row, float32 [B]."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, ids_BN: Tensor) -> Tensor:
+        logits_BNV = self.lm(input_ids=ids_BN, use_cache=False).logits[:, :-1]
+        losses = F.cross_entropy(
+            logits_BNV.flatten(0, 1).float(), ids_BN[:, 1:].flatten(), reduction="none"
+        )
+        return losses.view(ids_BN.shape[0], -1).mean(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
+        with exact_rotary(self.lm.model.rotary_emb):
+            super()._apply(fn, recurse)
+        return self
+
+
+class StepOutput(NamedTuple):
+    """What a step found; losses are nats a token over the global batch.
+
+    alive: share of the blocks' weights that was computed with. losses, rows: by domain.
+    """
+
+    loss: float
+    penalty: float
+    grad_norm: float
+    alive: float
+    losses: dict[str, float]
+    rows: dict[str, int]
+
+
+class Pruner:
+    """Builds everything from a recipe; `run` learns the masks and returns the small model's folder.
+
+    Raises:
+        UserError: a recipe that does not fit its model, its text, its ranks or its run folder.
+    """
+
+    def __init__(self, recipe: PruneRecipe, ranks: Ranks) -> None:
+        self.ranks, self.device = ranks, ranks.device
+        recipe.rows_of_rank(ranks.world_size)
+        self.recipe = recipe = self._settle(recipe)
+        self.where = find_llm(recipe.model.path)
+        self.config = read_config(self.where)
+        self.source = Shape.of(self.config)
+        self.target = parse_target(recipe.model.to, self.source)
+        if self.target == self.source:
+            raise UserError(
+                f"model.to '{recipe.model.to}' is the source's own shape; name a smaller one"
+            )
+        vocabulary = {"vocab_size": self.config.vocab_size}
+        vocabulary["tied"] = self.config.tie_word_embeddings
+        size = count_parameters(self.target, **vocabulary).total
+        check_out(recipe.output / "model", self.where.folder, 4 * size)
+        for name, paths in recipe.data.domains.items():
+            find_texts(name, paths)
+        console.print(plan_table(self.source, self.target, **vocabulary))
+        self.tokenizer = load_tokenizer(self.where, self.config.vocab_size)
+        torch.manual_seed(recipe.seed)
+        self.text = self._open_text()
+        self.masks = Masks(self.source, self.target, seed=recipe.seed, device=self.device)
+        self.pace = Pace.of(recipe.train, recipe.train.steps)
+        self.model = LanguageModel(load_model(self.where, self.config))
+        make_maskable(self.model.lm)
+        if recipe.train.recompute_blocks:
+            self.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.engine = self._start_engine()
+        self.mask_optimizers = self._mask_optimizers()
+        self.domains: DomainWeights
+        # a GPU's tensor cores want widths of 64; on a CPU every channel left out is saved
+        self.multiple = 64 if self.device.type == "cuda" else 1
+
+    # -- building -----------------------------------------------------------------------------
+
+    def _settle(self, recipe: PruneRecipe) -> PruneRecipe:
+        """Fill in what depends on the machine, or take it from the run that goes on."""
+        stored = recipe.output / "recipe.yaml"
+        precision: str = recipe.train.precision
+        if precision == "auto":
+            known = stored.is_file()
+            precision = PruneRecipe.load(stored).train.precision if known else ""
+            precision = precision or faster_precision(self.ranks)
+        settled = recipe.with_values(train__precision=precision)
+        if stored.is_file():
+            check_same_run(PruneRecipe.load(stored), settled, _FREE_KEYS)
+        return settled
+
+    def _open_text(self) -> TextStream:
+        data, train = self.recipe.data, self.recipe.train
+        held_out = data.held_out_rows
+        most = (train.steps * train.batch_rows + held_out) * data.length
+        folder = self.recipe.output / "text"
+        if self.ranks.is_main:
+            identity = self._source_sha256()
+            for name, paths in data.domains.items():
+                tokenise(name, paths, self.tokenizer, folder, max_tokens=most, identity=identity)
+        if self.ranks.world_size > 1:
+            dist.barrier()
+        domains = [
+            open_domain(
+                name,
+                folder / f"{name}.bin",
+                length=data.length,
+                held_out=held_out,
+                seed=self.recipe.seed,
+            )
+            for name in data.domains
+        ]
+        return TextStream(domains, self.recipe.seed)
+
+    def _source_sha256(self) -> str:
+        where = self.where
+        return sha256_of(where.folder / where.gguf) if where.gguf else model_sha256(where.folder)
+
+    def _start_engine(self) -> Any:
+        recipe = self.recipe
+        config = recipe.deepspeed_config(world_size=self.ranks.world_size)
+        ours = {"enabled": True, "output_path": str(recipe.output), "job_name": "tensorboard"}
+        config["tensorboard"] = ours | config.get("tensorboard", {})
+        config["tensorboard"]["enabled"] &= self.ranks.is_main
+        config["steps_per_print"] = 2**31
+        stage = config.get("zero_optimization", {})
+        offloaded = stage.get("offload_optimizer", {}).get("device") == "cpu"
+        optimizer = adamw(self.model, recipe.train, self.device, offloaded=offloaded)
+        engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=optimizer,
+            lr_scheduler=schedule(optimizer, recipe.train, self.pace),
+            config=config,
+        )
+        return engine
+
+    def _mask_optimizers(self) -> list[torch.optim.AdamW]:
+        """AdamW of the masks, which descend, and of the multipliers, which ascend."""
+        masks = self.recipe.masks
+        options: dict[str, Any] = {"betas": ADAM_BETAS, "weight_decay": 0.0}
+        return [
+            torch.optim.AdamW(list(self.masks.log_alpha.values()), lr=masks.lr, **options),
+            torch.optim.AdamW(
+                self.masks.multipliers, lr=masks.multiplier_lr, maximize=True, **options
+            ),
+        ]
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def step(self, step: int) -> StepOutput:
+        """Draw masks, run the global batch, step weights, masks and multipliers; a collective."""
+        recipe, names = self.recipe, list(self.recipe.data.domains)
+        ids_RN, domain_R = self.text.batch(step, self.domains.weights, recipe.train.batch_rows)
+        rows = recipe.rows_of_rank(self.ranks.world_size)
+        mine = slice(self.ranks.rank * rows, (self.ranks.rank + 1) * rows)
+        alive = Alive(self.masks.sample(step), self.source, multiple=self.multiple)
+        install(self.model.lm, alive)
+        losses = []
+        for ids_BN in ids_RN[mine].split(recipe.train.rows_per_pass):
+            losses_B = self.engine(ids_BN.to(self.device))
+            self.engine.backward(losses_B.mean())
+            self.engine.step()
+            losses.append(losses_B.detach())
+        loss_R = torch.cat(losses).double()
+        sums_K = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        sums_K.index_add_(0, domain_R[mine].to(self.device), loss_R)
+        gradients = alive.gradients()
+        if self.ranks.world_size > 1:
+            dist.all_reduce(sums_K)
+            dist.all_reduce(gradients)
+            gradients /= self.ranks.world_size
+        penalty = self._step_masks(step, alive, gradients)
+        counts = torch.bincount(domain_R, minlength=len(names)).tolist()
+        losses_of = dict(zip(names, sums_K.tolist(), strict=True))
+        for name, count in zip(names, counts, strict=True):
+            self.domains.observe(name, losses_of[name], count)
+        return StepOutput(
+            loss=sums_K.sum().item() / recipe.train.batch_rows,
+            penalty=penalty,
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            alive=alive.share(),
+            losses={n: losses_of[n] / c for n, c in zip(names, counts, strict=True) if c},
+            rows=dict(zip(names, counts, strict=True)),
+        )
+
+    def _step_masks(self, step: int, alive: Alive, gradients: Tensor) -> float:
+        recipe = self.recipe
+        ramp = self.ramp(step)
+        pace = Pace.of(recipe.masks, recipe.train.steps)
+        factor = learning_rate_factor(step, train=recipe.masks, pace=pace)
+        for optimizer, rate in zip(
+            self.mask_optimizers, (recipe.masks.lr, recipe.masks.multiplier_lr), strict=True
+        ):
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.zero_grad()
+        penalty = self.masks.penalty(ramp)
+        alive.backward(gradients, penalty)
+        for optimizer in self.mask_optimizers:
+            optimizer.step()
+        self.masks.clamp()
+        return penalty.item()
+
+    def ramp(self, step: int) -> float:
+        """How far the target is, 0 to 1: it rises linearly over the first part of the steps."""
+        length = self.recipe.masks.ramp_ratio * self.recipe.train.steps
+        return min(1.0, (step + 1) / length) if length else 1.0
+
+    @torch.no_grad()
+    def evaluate(self, gates: Gates) -> dict[str, float]:
+        """Held-out loss of every domain under these masks, nats a token; a collective."""
+        install(self.model.lm, Alive(gates, self.source, multiple=self.multiple))
+        self.engine.eval()
+        rank, world = self.ranks.rank, self.ranks.world_size
+        found = {}
+        for domain in self.text.domains:
+            rows_RN = domain.held_out_rows
+            total = 0.0
+            for first in range(0, len(rows_RN), world):  # every rank runs every pass
+                row = rows_RN[min(first + rank, len(rows_RN) - 1)]
+                loss = self.engine(row[None].to(self.device)).item()
+                total += loss if first + rank < len(rows_RN) else 0.0
+            found[domain.name] = self.ranks.sum(total) / len(rows_RN)
+        self.engine.train()
+        return found
+
+    # -- running ------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Learn to the last step from the newest whole checkpoint; return RUN/model."""
+        recipe, output = self.recipe, self.recipe.output
+        if self.ranks.is_main:
+            recipe.save(output / "recipe.yaml")
+        inputs = self._inputs()
+        first = self._begin(inputs)
+        console.print(self._headline(first), highlight=False)
+        file = None
+        if self.ranks.is_main:
+            file = MetricsFile(output / "metrics.jsonl", first_step=first)
+        with progress(disable=not self.ranks.is_main) as bar:
+            task = bar.add_task("prune", total=recipe.train.steps, completed=first, note="")
+            for step in range(first, recipe.train.steps):
+                began, rate = time.perf_counter(), self.engine.get_lr()[0]
+                found = self.step(step)
+                self._check_finite(step, found)
+                done = step + 1
+                if recipe.data.update_every and done % recipe.data.update_every == 0:
+                    self.domains.update()
+                line = self._line(step, found, rate, time.perf_counter() - began)
+                if done % recipe.eval.every == 0 or done == recipe.train.steps:
+                    line["evaluation"] = self.evaluate(self.masks.final())
+                if file is not None:
+                    file.write(line)
+                    self._show(line)
+                    bar.update(task, advance=1, note=_note(line))
+                if done % recipe.train.save_every == 0 or done == recipe.train.steps:
+                    self._save(done, inputs)
+        if file is not None:
+            file.close()
+        return self._export()
+
+    def _begin(self, inputs: dict[str, Any]) -> int:
+        """Load the newest whole checkpoint; without any, measure the source's loss by domain."""
+        data, names = self.recipe.data, list(self.recipe.data.domains)
+        options: dict[str, Any] = {"clip": data.clip_gaps, "floor": data.floor}
+        found = checkpoint.whole_checkpoints(self.recipe.output / "checkpoints")
+        if not found:
+            reference = self.evaluate(Gates({}, {}))
+            self.domains = DomainWeights(names, reference, weights=data.weights, **options)
+            return 0
+        step, extra = checkpoint.load(self.engine, found[-1], inputs)
+        self.domains = DomainWeights(names, extra["domains"]["reference"], **options)
+        self.domains.load(extra["domains"])
+        self.text.drawn = extra["drawn"]
+        self._load_masks(load_file(found[-1] / "model" / MASK_FILE))
+        return step
+
+    def _inputs(self) -> dict[str, Any]:
+        """Hashes of the model and the text: a path may come to hold something else."""
+        digest = {
+            path.stem: sha256_of(path) for path in (self.recipe.output / "text").glob("*.json")
+        }
+        return {"model": self._source_sha256(), "text": digest}
+
+    def _save(self, done: int, inputs: dict[str, Any]) -> None:
+        checkpoint.save(
+            self.engine,
+            self.recipe.output / "checkpoints",
+            done,
+            inputs=inputs,
+            extra={"domains": self.domains.state(), "drawn": self.text.drawn},
+            keep_last=self.recipe.train.keep_last,
+            flat_until=0,
+            write_model=self._write_masks,
+        )
+
+    def _write_masks(self, folder: Path) -> None:
+        if self.ranks.is_main:
+            folder.mkdir(parents=True)
+            save_file(self._mask_state(), folder / MASK_FILE)
+
+    def _mask_state(self) -> dict[str, Tensor]:
+        state = self.masks.state()
+        for i, optimizer in enumerate(self.mask_optimizers):
+            for number, moments in optimizer.state_dict()["state"].items():
+                for name, x in moments.items():
+                    state[f"optimizer.{i}.{number}.{name}"] = x.detach().cpu().clone()
+        return state
+
+    def _load_masks(self, state: dict[str, Tensor]) -> None:
+        self.masks.load(state)
+        for i, optimizer in enumerate(self.mask_optimizers):
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, x in state.items():
+                kind, *place = key.split(".")
+                if kind == "optimizer" and int(place[0]) == i:
+                    moments.setdefault(int(place[1]), {})[place[2]] = x
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+
+    def _export(self) -> Path:
+        """Fold the masks of the target shape into the weights, cut, and write RUN/model."""
+        out = self.recipe.output / "model"
+        gates = self.masks.final()
+        after = self.evaluate(gates)
+        weights = checkpoint.full_state_dict(self.engine, self.model.lm)
+        if self.ranks.is_main:
+            on_cpu = Gates(
+                *({k: x.cpu() for k, x in part.items()} for part in (gates.z, gates.kept))
+            )
+            alive = Alive(on_cpu, self.source)
+            whole = build_lm(self.config, weights)
+            whole.generation_config = self.model.lm.generation_config
+            fold(whole, alive)
+            plan = alive.plan()
+            facts = {
+                "model": str(self.recipe.model.path),
+                "method": "learned masks",
+                "source": vars(self.source),
+                "target": vars(self.target),
+                "plan": vars(plan),
+                "steps": self.recipe.train.steps,
+                "loss_before": self.domains.reference,
+                "loss_after": after,
+                "domain_weights": self.domains.weights,
+            }
+            write_model(cut(whole, plan), self.tokenizer, facts, out)
+            for name, loss in after.items():
+                console.print(
+                    f"held-out loss of {name}: {self.domains.reference[name]:.3f} before, "
+                    f"{loss:.3f} after",
+                    highlight=False,
+                )
+        if self.ranks.world_size > 1:
+            dist.barrier()
+        return out
+
+    # -- what people see ----------------------------------------------------------------------
+
+    def _line(self, step: int, found: StepOutput, lr: float, seconds: float) -> dict[str, Any]:
+        tokens = self.recipe.train.batch_rows * self.recipe.data.length
+        sparsity = {k: s.mean().item() for k, s in self.masks.sparsity().items()}
+        return {
+            "step": step,
+            "loss": found.loss,
+            "loss_by_domain": found.losses,
+            "domain_weights": dict(self.domains.weights),
+            "rows_by_domain": found.rows,
+            "penalty": found.penalty,
+            "sparsity": sparsity,
+            "target_sparsity": self.masks.targets(self.ramp(step)),
+            "alive": found.alive,
+            "grad_norm": found.grad_norm,
+            "lr": lr,
+            "tokens": tokens,
+            "tokens_per_s": tokens / seconds,
+            "seconds": seconds,
+            "peak_mem_mib": peak_memory_mib(self.device),
+        }
+
+    def _show(self, line: dict[str, Any]) -> None:
+        names = ("loss", "penalty", "alive", "grad_norm", "lr", "tokens_per_s", "peak_mem_mib")
+        events = {f"prune/{name}": line[name] for name in names}
+        for group in ("loss_by_domain", "domain_weights", "sparsity", "target_sparsity"):
+            events |= {f"{group}/{name}": x for name, x in line[group].items()}
+        events |= {f"eval/{name}": x for name, x in line.get("evaluation", {}).items()}
+        samples = (line["step"] + 1) * self.recipe.train.batch_rows
+        self.engine.monitor.write_events([(name, x, samples) for name, x in events.items()])
+
+    def _headline(self, first: int) -> str:
+        recipe = self.recipe
+        resumed = f", resumed at step {first}" if first else ""
+        kinds = ", ".join(kind.replace("_", " ") + "s" for kind in self.masks.counts)
+        tokens = {d.name: d.length * len(d) for d in self.text.domains}
+        shown = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
+        return (
+            f"{recipe.name}: masks over {kinds}; {recipe.train.precision}, ZeRO "
+            f"{self.engine.zero_optimization_stage()} on {self.ranks.world_size} "
+            f"{self.device.type} ranks\n{recipe.train.steps:,} steps of "
+            f"{recipe.train.batch_rows:,} rows of {recipe.data.length:,} tokens{resumed}; "
+            f"tokens of text: {shown}"
+        )
+
+    def _check_finite(self, step: int, found: StepOutput) -> None:
+        if math.isfinite(found.loss) and math.isfinite(found.grad_norm):
+            return
+        saved = checkpoint.whole_checkpoints(self.recipe.output / "checkpoints")
+        raise UserError(
+            f"step {step} diverged (loss {found.loss}, grad_norm {found.grad_norm}) and nothing of "
+            f"it is saved; the last good checkpoint: {saved[-1] if saved else 'none yet'}; lower "
+            "train.lr or masks.lr, in another output"
+        )
+
+
+def _note(line: dict[str, Any]) -> str:
+    goals = line["target_sparsity"]
+    gaps = "  ".join(f"{k} {s:.2f}/{goals[k]:.2f}" for k, s in line["sparsity"].items())
+    return f"loss {line['loss']:.3f}  {gaps}  {line['tokens_per_s']:,.0f} tokens/s"
+
+
+def learn(recipe: PruneRecipe) -> Path:
+    """Prune as the recipe says, on every rank that the launcher started; return RUN/model."""
+    with Ranks.start() as ranks:
+        return Pruner(recipe, ranks).run()

@@ -1,0 +1,207 @@
+"""Text by domain as rows of token ids: tokenised once, memory-mapped, drawn in a fixed order.
+
+    FOLDER/NAME.bin   int32 token ids, documents closed by EOS, one after another
+           NAME.json  what they were made from; written last
+
+R rows of a global batch, N tokens a row, K domains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drama.console import progress
+from drama.data.lines import is_url, open_raw, parse_object, read_lines
+from drama.errors import UserError
+from drama.files import replacing
+
+DOCUMENTS_AT_ONCE = 512
+
+
+def documents(path: str | Path) -> Iterator[str]:
+    """The documents of a text file: UTF-8, plain or packed (.gz, .xz, .zst).
+
+    Lines that are JSON objects hold one each, in `text` (a `title` is put before it); of any other
+    file blank lines separate them.
+
+    Raises:
+        UserError: unreadable, or a JSON line without `text`; the message names file and line.
+    """
+    lines: list[str] = []
+    as_json: bool | None = None
+    for number, line in read_lines(path):
+        if as_json is None and line.strip():
+            as_json = line.lstrip().startswith("{")
+        if as_json:
+            if line.strip():
+                yield _text_of(path, number, line)
+        elif line.strip():
+            lines.append(line)
+        elif lines:
+            yield "\n".join(lines).strip()
+            lines = []
+    if lines:
+        yield "\n".join(lines).strip()
+
+
+def _text_of(path: str | Path, number: int, line: str) -> str:
+    try:
+        row = parse_object(line)
+    except UserError as error:
+        raise UserError(f"{path}:{number}: {error}") from None
+    text, title = row.get("text"), row.get("title") or ""
+    if not isinstance(text, str) or not isinstance(title, str):
+        raise UserError(f'{path}:{number}: no text; a line must be {{"text": "..."}}')
+    return f"{title}\n{text}".strip()
+
+
+def sha256_of(path: str | Path) -> str:
+    """Of the bytes as they lie there."""
+    with open_raw(path) as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+class Domain:
+    """Rows [N] of one domain; the first `held_out` of them are never drawn."""
+
+    def __init__(self, name: str, ids: np.ndarray, length: int, held_out: int, seed: int) -> None:
+        self.name, self.length, self.held_out = name, length, held_out
+        self._rows = ids[: len(ids) // length * length].reshape(-1, length)
+        self._seed = [seed, zlib.crc32(name.encode())]
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        """Rows to train on."""
+        return max(0, len(self._rows) - self.held_out)
+
+    def draw(self, number: int) -> np.ndarray:
+        """The row that is drawn as `number`-th, from 0: a new permutation every epoch."""
+        epoch, place = divmod(number, len(self))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([*self._seed, epoch]).permutation(len(self))
+            self._epoch = epoch
+        row: np.ndarray = self._rows[self.held_out + self._order[place]]
+        return row
+
+    @property
+    def held_out_rows(self) -> Tensor:
+        """Rows to judge by, int64 [up to held_out, N]."""
+        return torch.from_numpy(self._rows[: self.held_out].astype(np.int64))
+
+
+class TextStream:
+    """Global batches out of several domains: a function of seed, step, weights and what has been
+    drawn so far, never of the ranks."""
+
+    def __init__(self, domains: Sequence[Domain], seed: int) -> None:
+        self.domains, self._seed = list(domains), seed
+        self.drawn = {domain.name: 0 for domain in domains}
+
+    def batch(
+        self, step: int, weights: Mapping[str, float], num_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids [R, N] and the domain's number of each row [R], both int64.
+
+        Systematic sampling: a domain gets its share of the rows to within one, and over many steps
+        exactly.
+        """
+        share = np.array([weights[domain.name] for domain in self.domains])
+        offset = np.random.default_rng([self._seed, step]).random()
+        places = (np.arange(num_rows) + offset) / num_rows * share.sum()
+        chosen = np.searchsorted(np.cumsum(share), places, side="right")
+        chosen = np.minimum(chosen, len(share) - 1)
+        rows = []
+        for number in chosen:
+            domain = self.domains[number]
+            rows.append(domain.draw(self.drawn[domain.name]))
+            self.drawn[domain.name] += 1
+        return torch.from_numpy(np.stack(rows).astype(np.int64)), torch.from_numpy(chosen)
+
+
+def tokenise(
+    name: str,
+    paths: Sequence[str | Path],
+    tokenizer: Any,
+    folder: Path,
+    *,
+    max_tokens: int,
+    identity: str,
+) -> Path:
+    """Write a domain's token ids under `folder`, or find them there; return the `.bin` file.
+
+    max_tokens: stop there; a run that needs fewer reads no further. identity: says which tokenizer
+    it is; ids of another one are written anew.
+
+    Raises:
+        UserError: see `documents`; no file, or no text in any.
+    """
+    target, facts = folder / f"{name}.bin", folder / f"{name}.json"
+    wanted = {
+        "files": {str(path): sha256_of(path) for path in paths},
+        "tokenizer": identity,
+        "max_tokens": max_tokens,
+    }
+    if facts.is_file() and target.is_file():
+        stored = json.loads(facts.read_text(encoding="utf-8"))
+        if stored == wanted | {"tokens": target.stat().st_size // 4}:
+            return target
+    facts.unlink(missing_ok=True)
+    written = 0
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream = (text for path in paths for text in documents(path))
+    with replacing(target) as temporary, temporary.open("wb") as file, progress() as bar:
+        task = bar.add_task(f"tokens of {name}", total=max_tokens, note="")
+        while written < max_tokens and (texts := list(islice(stream, DOCUMENTS_AT_ONCE))):
+            for ids in tokenizer(texts, verbose=False)["input_ids"]:
+                ids = ids + (eos if ids[-1:] != eos else [])
+                np.array(ids, np.int32).tofile(file)
+                written += len(ids)
+            bar.update(task, completed=min(written, max_tokens))
+    if not written:
+        shown = ", ".join(str(path) for path in paths)
+        raise UserError(f"data.domains.{name}: no text in {shown}; give text files")
+    with replacing(facts) as temporary:
+        text = json.dumps(wanted | {"tokens": written}, indent=1)
+        temporary.write_text(text, encoding="utf-8")
+    return target
+
+
+def open_domain(name: str, file: Path, *, length: int, held_out: int, seed: int) -> Domain:
+    """Map a domain's token ids.
+
+    Raises:
+        UserError: too few for the held-out rows and one more.
+    """
+    ids = np.memmap(file, np.int32, mode="r")
+    domain = Domain(name, ids, length, held_out, seed)
+    if not len(domain):
+        raise UserError(
+            f"data.domains.{name}: too short: {len(ids):,} tokens are fewer than "
+            f"{held_out + 1} rows of {length:,} ({held_out} of them held out); give more text, or "
+            "lower data.length or data.held_out_rows"
+        )
+    return domain
+
+
+def find_texts(name: str, paths: Sequence[str | Path]) -> None:
+    """Refuse files that are not there before anything slow begins.
+
+    Raises:
+        UserError: with the first one.
+    """
+    for path in paths:
+        if not is_url(path) and not Path(path).is_file():
+            raise UserError(f"data.domains.{name}: {path} is no file; give text files, .jsonl too")
