@@ -24,7 +24,6 @@ B queries, N documents, X = B + N texts of this rank, M documents of all ranks, 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -42,6 +41,7 @@ from drama.distributed import host_group
 from drama.gather import Columns, all_gather
 from drama.loss import ContrastiveLoss
 from drama.memory import GRADIENT_SHARE, GraphBytes, PeakMemory, spare_bytes
+from drama.optimizer import step_engine
 
 KeepGraphs = int | Literal["auto"]
 Reduction = Literal["auto", "step", "chunk"]
@@ -135,14 +135,7 @@ class GradCache:
         """Backward, then the engine's optimiser and schedule step."""
         output = self.backward(batch)
         start = time.perf_counter()
-        if self.stage:
-            self.engine.step()
-            norm = float(self.engine.get_global_grad_norm())
-            output.grad_norm = norm if norm >= 0 else math.nan  # DeepSpeed's mark is -1
-        else:  # DeepSpeed measures it only where ZeRO does
-            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            output.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-            self.engine.step()
+        output.grad_norm = step_engine(self.engine)
         output.seconds["step"] = time.perf_counter() - start
         return output
 

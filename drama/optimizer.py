@@ -76,6 +76,19 @@ def adamw(
     return torch.optim.AdamW(groups, **options)
 
 
+def step_engine(engine: Any) -> float:
+    """The engine's optimizer and schedule step; return the gradients' norm before clipping."""
+    if engine.zero_optimization_stage():
+        engine.step()
+        norm = float(engine.get_global_grad_norm())
+        return norm if norm >= 0 else math.nan  # DeepSpeed's mark is -1
+    # DeepSpeed measures it only where ZeRO does
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    engine.step()
+    return norm
+
+
 def schedule(
     optimizer: torch.optim.Optimizer, train: Schedule, pace: Pace
 ) -> torch.optim.lr_scheduler.LambdaLR:

@@ -30,7 +30,7 @@ from drama.distributed import Ranks
 from drama.errors import UserError
 from drama.hf import build_lm, exact_rotary, model_sha256
 from drama.metrics import MetricsFile, faster_precision, peak_memory_mib
-from drama.optimizer import Pace, adamw, learning_rate_factor, schedule
+from drama.optimizer import Pace, adamw, learning_rate_factor, schedule, step_engine
 from drama.prune.alive import Alive, fold, install, make_maskable
 from drama.prune.domains import DomainWeights
 from drama.prune.masks import Gates, Masks
@@ -208,11 +208,14 @@ class Pruner:
         alive = Alive(self.masks.sample(step), self.source, multiple=self.multiple)
         install(self.model.lm, alive)
         losses = []
-        for ids_BN in ids_RN[mine].split(recipe.train.rows_per_pass):
+        passes = ids_RN[mine].split(recipe.train.rows_per_pass)
+        for number, ids_BN in enumerate(passes, 1):
             losses_B = self.engine(ids_BN.to(self.device))
             self.engine.backward(losses_B.mean())
-            self.engine.step()
+            if number < len(passes):
+                self.engine.step()  # counts the pass; the weights move at the last one
             losses.append(losses_B.detach())
+        grad_norm = step_engine(self.engine)
         loss_R = torch.cat(losses).double()
         sums_K = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         sums_K.index_add_(0, domain_R[mine].to(self.device), loss_R)
@@ -229,7 +232,7 @@ class Pruner:
         return StepOutput(
             loss=sums_K.sum().item() / recipe.train.batch_rows,
             penalty=penalty,
-            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            grad_norm=grad_norm,
             alive=alive.share(),
             losses={n: losses_of[n] / c for n, c in zip(names, counts, strict=True) if c},
             rows=dict(zip(names, counts, strict=True)),
