@@ -83,6 +83,15 @@ def test_tokens_that_only_whole_words_yield(byte_level: Any, smollm2_pairs: Byte
     assert len(smollm2_pairs.reachable) == 49152
 
 
+def test_an_added_token_needs_no_parts() -> None:
+    """It is cut out of the text before any merge, even where merges could make it."""
+    vocab = {token: number for number, token in enumerate(["a", "b", "c", "ab", "abc"])}
+    tokenizer = fast(models.BPE(vocab=vocab, merges=[("a", "b"), ("ab", "c")]))
+    assert BytePairs(tokenizer).closure([4]) == {0, 1, 2, 3, 4}
+    tokenizer.add_tokens(["abc"])
+    assert BytePairs(tokenizer).closure([4]) == {4}
+
+
 def test_what_must_stay(byte_level: Any, byte_fallback: Any, smollm2_pairs: BytePairs) -> None:
     pairs = BytePairs(byte_level)
     assert len(pairs.alphabet()) == 256
