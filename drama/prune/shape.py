@@ -200,15 +200,21 @@ def flops_per_token(shape: Shape, length: int = 512) -> int:
     return 2 * (counted.attention + counted.mlp) + attention
 
 
-def plan_table(source: Shape, target: Shape, *, vocab_size: int, tied: bool) -> Table:
-    """Lay the two shapes, their parameters (millions) and GFLOPs per token side by side."""
+def plan_table(
+    source: Shape, target: Shape, *, vocab_size: int, tied: bool, kept_tokens: int | None = None
+) -> Table:
+    """Lay the two shapes, their parameters (millions) and GFLOPs per token side by side.
+
+    kept_tokens: rows that a vocabulary cut leaves of the embedding's `vocab_size`.
+    """
     table = Table(title="pruning plan")
     for heading in ("", "before", "after", "kept"):
         table.add_column(heading, justify="right" if heading else "left")
     rows: list[tuple[str, float, float, str]] = [
         (key, getattr(source, key), getattr(target, key), ",d") for key in KEYS
     ]
-    before, after = (count_parameters(shape, vocab_size, tied) for shape in (source, target))
+    before = count_parameters(source, vocab_size, tied)
+    after = count_parameters(target, kept_tokens or vocab_size, tied)
     for part in ("embedding", "head", "attention", "mlp", "norms", "non_embedding", "total"):
         label = f"{part.replace('_', '-')} (M)"
         rows.append((label, getattr(before, part) / 1e6, getattr(after, part) / 1e6, ",.2f"))
