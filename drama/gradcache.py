@@ -41,6 +41,7 @@ from drama.distributed import host_group
 from drama.gather import Columns, all_gather
 from drama.loss import ContrastiveLoss
 from drama.memory import GRADIENT_SHARE, GraphBytes, PeakMemory, spare_bytes
+from drama.metrics import Stopwatch
 from drama.optimizer import step_engine
 
 KeepGraphs = int | Literal["auto"]
@@ -98,7 +99,7 @@ class GradCache:
 
     def backward(self, batch: RankBatch) -> StepOutput:
         """Leave the gradient of the global batch in the engine, reduced; does not step."""
-        watch = _Stopwatch(self.device)
+        watch = Stopwatch(self.device)
         peak = PeakMemory(self.device) if self.room.measuring else None
         share = share_out(batch, balance=self.balance, group=self.group)
         num_chunks, num_kept = self._agree(share.count_chunks(self.token_budget))
@@ -247,7 +248,7 @@ class GradCache:
         packed: list[PackedBatch],
         graphs: dict[int, Tensor],
         gradient_XD: Tensor,
-        watch: _Stopwatch,
+        watch: Stopwatch,
     ) -> None:
         """Pass 2, from the last chunk to the first; "chunk" reduces within the replay."""
         at_once = self.reduction == "step"
@@ -321,17 +322,3 @@ class _GraphRoom:
         spare = spare_bytes(self.device) - self.base_bytes
         count = max(0, int(spare // self.graph_bytes))
         return count // 2 if self.measuring else count
-
-
-class _Stopwatch:
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.seconds: dict[str, float] = {}
-        self.start = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] = now - self.start
-        self.start = now

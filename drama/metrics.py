@@ -97,6 +97,23 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+class Stopwatch:
+    """Seconds of a step by phase; a phase that comes again adds up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds: dict[str, float] = {}
+        self.start = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """All since the last lap was this phase."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.start
+        self.start = now
+
+
 class MetricsFile:
     """`metrics.jsonl`: one object a line, flushed line by line; resuming drops later lines."""
 

@@ -5,10 +5,8 @@ R rows, N tokens per row.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drama.data.lines import read_lines
 from drama.errors import UserError
+from drama.prune.text import documents, sha256_of
 
 # characters kept per token wanted: ordinary text has about 4, and 32k tokens are 2 MB
 CHARACTERS_PER_TOKEN = 64
@@ -46,10 +44,10 @@ def read_calibration(
 ) -> Calibration:
     """Draw paragraphs from a text file at random and pack them, each closed by EOS.
 
-    The file is UTF-8, plain or .gz or .xz; blank lines separate paragraphs. One pass, and
-    memory for the drawn paragraphs only, whatever the file's size. Both token counts are rounded up
-    to whole rows of `length`. The held-out rows are filled first, so they are the same for every
-    `num_tokens`.
+    The file is UTF-8, plain or packed: paragraphs between blank lines, or JSON lines with `text`.
+    One pass, and memory for the drawn paragraphs only, whatever the file's size. Both token counts
+    are rounded up to whole rows of `length`. The held-out rows are filled first, so they are the
+    same for every `num_tokens`.
 
     Raises:
         UserError: no such file, not text, counts below 1, or too few tokens in it.
@@ -82,19 +80,7 @@ def read_calibration(
         torch.tensor(ids[: count * length]).view(count, length)
         for ids, count in zip(packed, rows, strict=True)
     )
-    return Calibration(scoring, held_out, _sha256(path))
-
-
-def _paragraphs(path: Path) -> Iterator[str]:
-    lines: list[str] = []
-    for _, line in read_lines(path):
-        if line.strip():
-            lines.append(line)
-        elif lines:
-            yield "\n".join(lines).strip()
-            lines = []
-    if lines:
-        yield "\n".join(lines).strip()
+    return Calibration(scoring, held_out, sha256_of(path))
 
 
 def _draw(path: Path, num_characters: int, seed: int) -> list[str]:
@@ -105,14 +91,9 @@ def _draw(path: Path, num_characters: int, seed: int) -> list[str]:
     rng = random.Random(seed)
     heap: list[tuple[float, str]] = []
     held = 0
-    for paragraph in _paragraphs(path):
+    for paragraph in documents(path):
         heapq.heappush(heap, (-rng.random(), paragraph))
         held += len(paragraph)
         while held - len(heap[0][1]) >= num_characters:
             held -= len(heapq.heappop(heap)[1])
     return list(dict.fromkeys(paragraph for _, paragraph in sorted(heap, reverse=True)))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

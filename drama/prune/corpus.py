@@ -5,7 +5,6 @@ V ids, of which a tokenizer may leave some unused.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer
 from drama.console import progress
 from drama.data.lines import decode_line, open_raw, parse_object, read_raw_lines
 from drama.errors import UserError
+from drama.prune.text import sha256_of
 
 TEXT_CHARACTERS = 4096
 BATCH_CHARACTERS = 2**18
@@ -71,7 +71,7 @@ def count_tokens(paths: Sequence[str | Path], tokenizer: Any, *, seed: int = 0) 
             f"{', '.join(map(str, paths))}: {held_out.seen} paragraphs of text, a vocabulary needs "
             "at least 2 (one is held out), and many to be of use; give a larger corpus"
         )
-    return Corpus(counts_V, tuple(held_out.texts), {str(path): _sha256(path) for path in paths})
+    return Corpus(counts_V, tuple(held_out.texts), {str(path): sha256_of(path) for path in paths})
 
 
 class _HeldOut:
@@ -176,8 +176,3 @@ def _pieces(text: str) -> Iterator[str]:
 def _num_bytes(paths: Sequence[str | Path]) -> int:
     """Size of the files that are there; one that is not is refused where it is opened."""
     return sum(path.stat().st_size for path in map(Path, paths) if path.is_file())
-
-
-def _sha256(path: str | Path) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,7 +29,7 @@ from drama.console import console, progress
 from drama.distributed import Ranks
 from drama.errors import UserError
 from drama.hf import build_lm, exact_rotary, model_sha256
-from drama.metrics import MetricsFile, faster_precision, peak_memory_mib
+from drama.metrics import MetricsFile, Stopwatch, faster_precision, peak_memory_mib
 from drama.optimizer import Pace, adamw, learning_rate_factor, schedule, step_engine
 from drama.prune.alive import Alive, fold, install, make_maskable
 from drama.prune.domains import DomainWeights
@@ -74,7 +74,8 @@ class LanguageModel(nn.Module):
 class StepOutput(NamedTuple):
     """What a step found; losses are nats a token over the global batch.
 
-    alive: share of the blocks' weights that was computed with. losses, rows: by domain.
+    alive: share of the blocks' weights that was computed with. losses, rows: by domain. seconds: by
+    phase.
     """
 
     loss: float
@@ -83,6 +84,7 @@ class StepOutput(NamedTuple):
     alive: float
     losses: dict[str, float]
     rows: dict[str, int]
+    seconds: dict[str, float]
 
 
 class Pruner:
@@ -202,20 +204,25 @@ class Pruner:
     def step(self, step: int) -> StepOutput:
         """Draw masks, run the global batch, step weights, masks and multipliers; a collective."""
         recipe, names = self.recipe, list(self.recipe.data.domains)
+        watch = Stopwatch(self.device)
         ids_RN, domain_R = self.text.batch(step, self.domains.weights, recipe.train.batch_rows)
         rows = recipe.rows_of_rank(self.ranks.world_size)
         mine = slice(self.ranks.rank * rows, (self.ranks.rank + 1) * rows)
         alive = Alive(self.masks.sample(step), self.source, multiple=self.multiple)
         install(self.model.lm, alive)
+        watch.lap("draw")
         losses = []
         passes = ids_RN[mine].split(recipe.train.rows_per_pass)
         for number, ids_BN in enumerate(passes, 1):
             losses_B = self.engine(ids_BN.to(self.device))
+            watch.lap("forward")
             self.engine.backward(losses_B.mean())
+            watch.lap("backward")
             if number < len(passes):
                 self.engine.step()  # counts the pass; the weights move at the last one
             losses.append(losses_B.detach())
         grad_norm = step_engine(self.engine)
+        watch.lap("step")
         loss_R = torch.cat(losses).double()
         sums_K = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         sums_K.index_add_(0, domain_R[mine].to(self.device), loss_R)
@@ -225,6 +232,7 @@ class Pruner:
             dist.all_reduce(gradients)
             gradients /= self.ranks.world_size
         penalty = self._step_masks(step, alive, gradients)
+        watch.lap("masks")
         counts = torch.bincount(domain_R, minlength=len(names)).tolist()
         losses_of = dict(zip(names, sums_K.tolist(), strict=True))
         for name, count in zip(names, counts, strict=True):
@@ -236,6 +244,7 @@ class Pruner:
             alive=alive.share(),
             losses={n: losses_of[n] / c for n, c in zip(names, counts, strict=True) if c},
             rows=dict(zip(names, counts, strict=True)),
+            seconds=watch.seconds,
         )
 
     def _step_masks(self, step: int, alive: Alive, gradients: Tensor) -> float:
@@ -285,8 +294,7 @@ class Pruner:
         recipe, output = self.recipe, self.recipe.output
         if self.ranks.is_main:
             recipe.save(output / "recipe.yaml")
-        inputs = self._inputs()
-        first = self._begin(inputs)
+        first = self.begin()
         console.print(self._headline(first), highlight=False)
         file = None
         if self.ranks.is_main:
@@ -308,13 +316,16 @@ class Pruner:
                     self._show(line)
                     bar.update(task, advance=1, note=_note(line))
                 if done % recipe.train.save_every == 0 or done == recipe.train.steps:
-                    self._save(done, inputs)
+                    self._save(done)
         if file is not None:
             file.close()
         return self._export()
 
-    def _begin(self, inputs: dict[str, Any]) -> int:
-        """Load the newest whole checkpoint; without any, measure the source's loss by domain."""
+    def begin(self) -> int:
+        """Load the newest whole checkpoint; without any, measure the source's loss by domain.
+
+        Returns the steps that are done; a collective, before the first step.
+        """
         data, names = self.recipe.data, list(self.recipe.data.domains)
         options: dict[str, Any] = {"clip": data.clip_gaps, "floor": data.floor}
         found = checkpoint.whole_checkpoints(self.recipe.output / "checkpoints")
@@ -322,7 +333,7 @@ class Pruner:
             reference = self.evaluate(Gates({}, {}))
             self.domains = DomainWeights(names, reference, weights=data.weights, **options)
             return 0
-        step, extra = checkpoint.load(self.engine, found[-1], inputs)
+        step, extra = checkpoint.load(self.engine, found[-1], self._inputs())
         self.domains = DomainWeights(names, extra["domains"]["reference"], **options)
         self.domains.load(extra["domains"])
         self.text.drawn = extra["drawn"]
@@ -336,12 +347,12 @@ class Pruner:
         }
         return {"model": self._source_sha256(), "text": digest}
 
-    def _save(self, done: int, inputs: dict[str, Any]) -> None:
+    def _save(self, done: int) -> None:
         checkpoint.save(
             self.engine,
             self.recipe.output / "checkpoints",
             done,
-            inputs=inputs,
+            inputs=self._inputs(),
             extra={"domains": self.domains.state(), "drawn": self.text.drawn},
             keep_last=self.recipe.train.keep_last,
             flat_until=0,
@@ -428,6 +439,7 @@ class Pruner:
             "tokens": tokens,
             "tokens_per_s": tokens / seconds,
             "seconds": seconds,
+            "seconds_by_phase": found.seconds,
             "peak_mem_mib": peak_memory_mib(self.device),
         }
 

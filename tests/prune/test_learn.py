@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(world: Path, tmp_path: Path) -> No
     run.wait()
     assert start(world, tmp_path / "killed").wait(300) == 0
     whole, resumed = lines(tmp_path / "whole"), lines(tmp_path / "killed")
-    clock = {"seconds", "tokens_per_s", "peak_mem_mib"}
+    clock = {"seconds", "seconds_by_phase", "tokens_per_s", "peak_mem_mib"}
     assert [{k: x for k, x in line.items() if k not in clock} for line in resumed] == [
         {k: x for k, x in line.items() if k not in clock} for line in whole
     ]

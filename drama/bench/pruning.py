@@ -1,0 +1,131 @@
+"""What masks cost: a step of learned masks beside plain language-model training of the same model.
+
+Same engine, ZeRO stage, precision, optimizer, rows and passes. The plain step is Hugging Face's own
+forward with labels. The masked one is timed with masks that are all open, half way to the target
+and at the target, and at the target without leaving anything out.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from drama.bench.rows import Rows, interleaved
+from drama.distributed import Ranks
+from drama.metrics import Stopwatch
+from drama.optimizer import adamw, step_engine
+from drama.prune.learn import Pruner
+from drama.prune.masks import LOG_ALPHA_LIMIT, Gates
+from drama.prune.recipe import PruneRecipe
+from drama.prune.source import find_llm, load_model, read_config
+
+STATES = {"open": 0.0, "half way": 0.5, "target": 1.0}
+
+
+class Plain:
+    """Language-model training without masks: Hugging Face's model and loss."""
+
+    def __init__(self, recipe: PruneRecipe, ranks: Ranks) -> None:
+        self.recipe, self.device = recipe, ranks.device
+        where = find_llm(recipe.model.path)
+        model = load_model(where, read_config(where)).train()
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=adamw(model, recipe.train, self.device, offloaded=False),
+            config=recipe.deepspeed_config(world_size=ranks.world_size)
+            | {"steps_per_print": 2**31},
+        )
+        self.seconds: dict[str, float] = {}
+
+    def step(self, ids_RN: Tensor) -> float:
+        """One step over the rows; the mean loss."""
+        watch = Stopwatch(self.device)
+        passes = ids_RN.split(self.recipe.train.rows_per_pass)
+        total = 0.0
+        for number, ids_BN in enumerate(passes, 1):
+            ids_BN = ids_BN.to(self.device)
+            loss = self.engine(input_ids=ids_BN, labels=ids_BN, use_cache=False).loss
+            watch.lap("forward")
+            self.engine.backward(loss)
+            watch.lap("backward")
+            if number < len(passes):
+                self.engine.step()
+            total += loss.item() / len(passes)
+        step_engine(self.engine)
+        watch.lap("step")
+        self.seconds = watch.seconds
+        return total
+
+
+def set_masks(pruner: Pruner, ramp: float, seed: int = 0) -> None:
+    """Close as many masks as the target asks for at this part of the way, surely."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for kind, log_alpha in pruner.masks.log_alpha.items():
+            share = pruner.masks.targets(ramp)[kind]
+            order = torch.rand(log_alpha.shape, generator=generator).argsort(-1).argsort(-1)
+            closed = order < round(share * log_alpha.shape[-1])
+            limit = torch.full_like(log_alpha, LOG_ALPHA_LIMIT)
+            log_alpha.copy_(torch.where(closed.to(log_alpha.device), -limit, limit))
+
+
+def measure(pruner: Pruner, plain: Plain, rows: Rows, *, seconds: float) -> dict[str, float]:
+    """Time the ways in turn; add rows of tokens/s and of seconds by phase, return tokens/s.
+
+    "nothing left out" is the ablation: the same masks at the target, folded into whole weights.
+    """
+    recipe = pruner.recipe
+    ids_RN, _ = pruner.text.batch(0, pruner.domains.weights, recipe.train.batch_rows)
+    sample = pruner.masks.sample
+    phases: dict[str, list[dict[str, float]]] = {}
+    living: dict[str, float] = {}
+
+    def masked(name: str, ramp: float, whole: bool) -> None:
+        set_masks(pruner, ramp)
+        pruner.masks.sample = whole_sample if whole else sample  # type: ignore[method-assign]
+        found = pruner.step(0)
+        phases.setdefault(name, []).append(found.seconds)
+        living[name] = found.alive
+
+    def whole_sample(step: int) -> Gates:
+        gates = sample(step)
+        return Gates(gates.z, {kind: torch.ones_like(kept) for kind, kept in gates.kept.items()})
+
+    def dense() -> None:
+        plain.step(ids_RN)
+        phases.setdefault("plain", []).append(plain.seconds)
+
+    runs: dict[str, Callable[[], None]] = {"plain": dense}
+    for name, ramp in STATES.items():
+        runs[name] = functools.partial(masked, name, ramp, False)
+    runs["target, nothing left out"] = functools.partial(
+        masked, "target, nothing left out", 1.0, True
+    )
+    times = interleaved(runs, pruner.device, seconds=seconds, rounds=8)
+    tokens = ids_RN.numel()
+    config = {
+        "model": Path(recipe.model.path).name,
+        "to": recipe.model.to,
+        "rows": list(ids_RN.shape),
+        "rows_per_pass": recipe.train.rows_per_pass,
+        "precision": recipe.train.precision,
+        "deepspeed": recipe.train.deepspeed,
+    }
+    speeds = {}
+    for name, spent in times.items():
+        provider = "transformers" if name == "plain" else "ours"
+        x = "no masks" if name == "plain" else f"masks {name}"
+        facts = config | ({} if name == "plain" else {"alive": round(living[name], 3)})
+        rates = [tokens / second for second in spent]
+        rows.add(provider, "step", "tokens/s", x, rates, facts)
+        for phase in phases[name][0]:
+            values = [part[phase] for part in phases[name][-len(spent) :]]
+            rows.add(provider, phase, "seconds", x, values, facts)
+        speeds[name] = statistics.median(rates)
+    return speeds
