@@ -1,4 +1,4 @@
-"""Prune a language model by activation importance: load, measure, choose, cut, judge, write."""
+"""Prune a language model by importance: load, measure, choose, cut, judge, write."""
 
 from __future__ import annotations
 
@@ -20,14 +20,25 @@ from drama.files import replacing_folder
 from drama.hf import write_rope_keys
 from drama.prune.calibration import Calibration, read_calibration
 from drama.prune.importance import Importance, choose, score
+from drama.prune.layers import drop_layers
 from drama.prune.loss import lm_loss, pass_dtype
-from drama.prune.shape import Shape, count_parameters, parse_target, plan_table
+from drama.prune.search import (
+    Budget,
+    Candidate,
+    Sizes,
+    measure,
+    parse_budget,
+    propose,
+    search_table,
+)
+from drama.prune.shape import Shape, parse_target, plan_table
 from drama.prune.source import find_llm, load_model, load_tokenizer, quiet, read_config
 from drama.prune.statistics import collect
 from drama.prune.surgery import Plan, cut
 
 ROW_LENGTH = 512
 HELD_OUT_TOKENS = 4096
+LAYER_TOKENS = 1024
 REPORT_NAME = "pruning.json"
 
 
@@ -35,51 +46,69 @@ REPORT_NAME = "pruning.json"
 class PruneReport:
     """What a pruning did; losses are nats per token on text that was not scored with.
 
-    After a dry run `out`, `plan`, the losses, the rate and `seconds` are None.
+    search: the shapes that were tried for a budget, best first; empty where the target was given.
+    After a dry run `out`, `plan`, the losses, the rate and `seconds` are None, and with a budget
+    `target` too.
     """
 
     source: Shape
-    target: Shape
+    target: Shape | None
     out: Path | None = None
     plan: Plan | None = None
     loss_before: float | None = None
     loss_after: float | None = None
     tokens_per_s: float | None = None
     seconds: float | None = None
+    search: tuple[Candidate, ...] = ()
 
 
 def prune(
     model_path: str | Path,
-    target: str,
+    target: str | None,
     calibration: str | Path,
     out: str | Path,
     *,
+    budget: str | None = None,
+    candidates: int = 8,
     calibration_tokens: int = 32768,
     seed: int = 0,
     dry_run: bool = False,
 ) -> PruneReport:
-    """Prune the Llama at `model_path` to `target` and write it to `out` as a Hugging Face folder.
+    """Prune the Llama at `model_path` and write it to `out` as a Hugging Face folder.
+
+    The shape is `target`, or with a `budget` in its place (`search.parse_budget`) the one of up to
+    `candidates` proposals whose held-out loss is lowest right after the cut.
 
     The folder holds float32 weights, the tokenizer, and pruning.json: shapes, kept indices, scores,
     the calibration text's sha256, and the held-out loss before and after. It appears whole or not
     at all; an older pruned model at `out` is replaced. The source is only read. Runs on the GPU
-    where there is one. A dry run checks every input and prints the plan, without the weights.
+    where there is one. A dry run checks every input and prints the plan or the proposals, without
+    the weights.
 
     Raises:
-        UserError: bad model, target or calibration text (`drama.prune.source`, `parse_target`,
-            `read_calibration`); `out` is the source or holds something else, or its disk is full.
+        UserError: both of target and budget, or neither; bad model, target, budget or calibration
+            text (`drama.prune.source`, `parse_target`, `drama.prune.search`, `read_calibration`);
+            `out` is the source or holds something else, or its disk is full.
     """
     start = time.perf_counter()
+    if (target is None) == (budget is None):
+        raise UserError(
+            "give either a shape (--to, such as 0.1b) or a budget (--budget, such as 60M)"
+        )
     where = find_llm(model_path)
     config = read_config(where)
     source = Shape.of(config)
-    shape = parse_target(target, source)
-    vocab_size, tied = config.vocab_size, config.tie_word_embeddings
+    sizes = Sizes(config.vocab_size, config.tie_word_embeddings)
+    limit = None if budget is None else parse_budget(budget)
+    if limit is not None:
+        tried = propose(limit, source, sizes, candidates)
+    else:
+        assert target is not None
+        tried = [sizes.candidate(parse_target(target, source))]
     out = Path(out)
-    num_bytes = 4 * count_parameters(shape, vocab_size, tied).total
-    _check_out(out, where.folder, num_bytes)
-    console.print(plan_table(source, shape, vocab_size=vocab_size, tied=tied))
-    tokenizer: Any = load_tokenizer(where, vocab_size)
+    _check_out(out, where.folder, 4 * max(candidate.parameters for candidate in tried))
+    _show(tried, source, sizes, limit)
+    tokenizer: Any = load_tokenizer(where, sizes.vocab_size)
     text = read_calibration(
         calibration,
         tokenizer,
@@ -89,7 +118,9 @@ def prune(
         seed=seed,
     )
     if dry_run:
-        return PruneReport(source, shape)
+        if limit is not None:
+            return PruneReport(source, None, search=tuple(tried))
+        return PruneReport(source, tried[0].shape)
 
     model = load_model(where, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +128,14 @@ def prune(
     dtype = pass_dtype(device)
     console.print(f"calibration passes: {dtype} on {device.type}".replace("torch.", ""))
     statistics = collect(model, text.scoring, dtype)
-    importance = score(statistics, source)
+    layer_rows = text.scoring[: -(-LAYER_TOKENS // ROW_LENGTH)]
+    fewest = min(candidate.shape.layers for candidate in tried)
+    order = drop_layers(model, layer_rows, fewest, dtype)
+    importance = score(statistics, source, order)
+    if limit is not None:
+        tried = measure(model, tried, importance, statistics.energy, text.held_out, dtype)
+        _show(tried, source, sizes, limit)
+    shape = tried[0].shape
     plan = choose(importance, statistics.energy, shape)
     small = cut(model, plan)
     loss_before, loss_after = (lm_loss(x, text.held_out, dtype) for x in (model, small))
@@ -110,11 +148,13 @@ def prune(
         loss_after=loss_after,
         tokens_per_s=statistics.num_tokens / statistics.seconds,
         seconds=time.perf_counter() - start,
+        search=() if limit is None else tuple(tried),
     )
     facts = {
         "model": str(model_path),
         "calibration": _calibration_facts(calibration, text, seed),
         "scores": _score_facts(importance, plan),
+        "layers": asdict(order),
         **{key: value for key, value in asdict(report).items() if key != "out"},
     }
     _write(small, tokenizer, facts, out)
@@ -123,6 +163,15 @@ def prune(
         f"(perplexity {math.exp(loss_before):,.1f} and {math.exp(loss_after):,.1f})"
     )
     return report
+
+
+def _show(tried: list[Candidate], source: Shape, sizes: Sizes, budget: Budget | None) -> None:
+    """Print the proposals of a budget, and the plan where the shape is settled."""
+    if budget is not None:
+        console.print(search_table(tried, budget))
+    if budget is None or tried[0].loss is not None:
+        shape = tried[0].shape
+        console.print(plan_table(source, shape, vocab_size=sizes.vocab_size, tied=sizes.tied))
 
 
 def _check_out(out: Path, source_folder: Path, num_bytes: int) -> None:
