@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from drama.prune import layers
 from drama.prune.layers import LayerOrder, drop_layers, losses_without
 from drama.prune.loss import lm_loss
 from drama.prune.shape import Shape
@@ -19,24 +20,23 @@ FORMS = [
 ]
 
 
-def keep_layers(model: LlamaForCausalLM, layers: Sequence[int]) -> LlamaForCausalLM:
-    shape, count = Shape.of(model.config), len(layers)
-    small = cut(
+def keep_layers(model: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalLM:
+    shape, count = Shape.of(model.config), len(kept)
+    return cut(
         model,
         Plan(
-            layers=tuple(layers),
+            layers=tuple(kept),
             hidden=tuple(range(shape.hidden)),
             kv_groups=(tuple(range(shape.kv_heads)),) * count,
             ffn=(tuple(range(shape.ffn)),) * count,
             norm_scales=(1.0,) * (2 * count + 1),
         ),
     )
-    return small
 
 
-def silence(model: LlamaForCausalLM, layers: Sequence[int]) -> None:
+def silence(model: LlamaForCausalLM, silent: Sequence[int]) -> None:
     with torch.no_grad():
-        for i in layers:
+        for i in silent:
             model.model.layers[i].self_attn.o_proj.weight.zero_()
             model.model.layers[i].mlp.down_proj.weight.zero_()
 
@@ -47,35 +47,49 @@ def token_rows() -> Tensor:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kept", [range(4), (0, 2, 3), (2,)])
+@pytest.mark.parametrize(
+    ("kept", "tried"),
+    [(range(4), range(4)), (range(4), (1, 2)), ((0, 2, 3), (0, 3)), ((2,), (2,)), ((1, 3), ())],
+)
 @pytest.mark.usefixtures("exact_norms")
 def test_losses_are_those_of_models_rebuilt_without_the_layer(
-    make_llama: Any, rows_RN: Tensor, form: dict[str, Any], kept: Sequence[int]
+    make_llama: Any,
+    rows_RN: Tensor,
+    form: dict[str, Any],
+    kept: Sequence[int],
+    tried: Sequence[int],
 ) -> None:
     model = make_llama(**form)
-    found = losses_without(model, rows_RN[0], kept, torch.float32).tolist()
-    assert len(found) == len(kept) + 1
+    found = losses_without(model, rows_RN[0], kept, tried, torch.float32).tolist()
+    assert len(found) == len(tried) + 1
     assert found[0] == pytest.approx(lm_loss(keep_layers(model, kept), rows_RN[:1]), abs=1e-12)
-    for i, loss in zip(kept, found[1:], strict=True):
+    for i, loss in zip(tried, found[1:], strict=True):
         rest = [layer for layer in kept if layer != i]
         if rest:
             small = keep_layers(model, rest)
             assert loss == pytest.approx(lm_loss(small, rows_RN[:1]), abs=1e-12), i
 
 
+@pytest.mark.parametrize("window", [2, 6])
 @pytest.mark.usefixtures("exact_norms")
-def test_the_order_is_that_of_a_search_by_hand(make_llama: Any, rows_RN: Tensor) -> None:
+def test_the_order_is_that_of_a_search_by_hand(
+    make_llama: Any, rows_RN: Tensor, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "TRIED", window)
     model = make_llama(num_hidden_layers=6)
     found = drop_layers(model, rows_RN, 2, torch.float32)
     kept, dropped, losses = list(range(6)), [], [lm_loss(model, rows_RN)]
+    harm = dict.fromkeys(kept, 0.0)
     while len(kept) > 2:
-        tried = [
-            (lm_loss(keep_layers(model, [k for k in kept if k != i]), rows_RN), i) for i in kept
-        ]
-        loss, best = min(tried)
+        least = sorted(kept, key=lambda i: harm[i])
+        fresh = {}
+        for i in least[:window] if dropped else least:
+            fresh[i] = lm_loss(keep_layers(model, [k for k in kept if k != i]), rows_RN)
+            harm[i] = fresh[i] - losses[-1]
+        best = min(fresh, key=lambda i: fresh[i])
         kept.remove(best)
         dropped.append(best)
-        losses.append(loss)
+        losses.append(fresh[best])
     assert list(found.dropped) == dropped
     assert found.losses == pytest.approx(losses, abs=1e-12)
     scores = found.scores()
@@ -97,15 +111,15 @@ def test_layers_that_do_nothing_go_first(
 
 def test_the_model_is_as_before(make_llama: Any, rows_RN: Tensor) -> None:
     model = make_llama()
-    layers = model.model.layers
+    before_layers = model.model.layers
     with torch.no_grad():
         before = model(rows_RN).logits
     drop_layers(model, rows_RN, 1, torch.float32)
     with pytest.raises(IndexError):  # no such token id
-        losses_without(model, rows_RN[0] + 1000, range(4), torch.float32)
+        losses_without(model, rows_RN[0] + 1000, range(4), range(4), torch.float32)
     with torch.no_grad():
         assert torch.equal(model(rows_RN).logits, before)
-    assert model.model.layers is layers
+    assert model.model.layers is before_layers
     assert not any(module._forward_hooks for module in model.modules())
 
 
