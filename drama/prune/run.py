@@ -38,7 +38,7 @@ from drama.prune.surgery import Plan, cut
 
 ROW_LENGTH = 512
 HELD_OUT_TOKENS = 4096
-LAYER_TOKENS = 1024
+LAYER_SHARE = 16  # one scoring row in so many orders the layers, which takes many passes
 REPORT_NAME = "pruning.json"
 
 
@@ -128,7 +128,7 @@ def prune(
     dtype = pass_dtype(device)
     console.print(f"calibration passes: {dtype} on {device.type}".replace("torch.", ""))
     statistics = collect(model, text.scoring, dtype)
-    layer_rows = text.scoring[: -(-LAYER_TOKENS // ROW_LENGTH)]
+    layer_rows = text.scoring[: -(-len(text.scoring) // LAYER_SHARE)]
     fewest = min(candidate.shape.layers for candidate in tried)
     order = drop_layers(model, layer_rows, fewest, dtype)
     importance = score(statistics, source, order)
