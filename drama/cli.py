@@ -80,7 +80,15 @@ def demo(output: Path, llm: Path | None, as_json: bool) -> None:
     metavar="SHAPE",
     help="0.1b, 0.3b, or layers=12,hidden=768,heads=12,kv_heads=3,ffn=3072 (any part).",
 )
-@click.option("--calibration", type=FOLDER, help="Text that --to measures on; .gz, .xz too.")
+@click.option(
+    "--budget",
+    metavar="SIZE",
+    help="In place of --to: find a shape of 60M or 0.1b parameters in all, or flops=0.2G a token.",
+)
+@click.option(
+    "--candidates", type=int, default=8, show_default=True, help="Shapes to try for a budget."
+)
+@click.option("--calibration", type=FOLDER, help="Text to measure on, for --to and --budget.")
 @click.option(
     "--vocab-from",
     type=FOLDER,
@@ -93,15 +101,19 @@ def demo(output: Path, llm: Path | None, as_json: bool) -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 def prune(model: Path, target: str | None, out: Path, **options: Any) -> None:
-    """Cut a Llama to a small backbone by activation importance.
+    """Cut a Llama, Mistral or Qwen to a small backbone by importance.
 
-    MODEL is a Hugging Face folder or a .gguf file. Layers, hidden channels, whole groups of
-    key/value heads and FFN channels are kept by what they do on the calibration text. The
-    vocabulary can be cut too, or alone, to the tokens that a corpus needs most.
+    MODEL is a Hugging Face folder or a .gguf file. Layers, hidden channels, groups of key/value
+    heads, query heads inside the groups and FFN channels are kept by what they do on the
+    calibration text. With a budget, several shapes are cut and the one with the lowest loss is
+    written. The vocabulary can be cut too, or alone, to the tokens that a corpus needs most.
 
     \b
     drama prune ./Llama-3.2-1B --to 0.1b --calibration text.txt.gz --out ./backbone
+    drama prune ./Llama-3.2-1B --budget 0.2b --calibration text.txt.gz --out ./backbone
     drama prune ./Llama-3.2-1B --vocab-from corpus.jsonl --keep 64k --out ./smaller
+
+    Masks that are learned while the model trains: launchers/prune.py.
     """
     from drama.prune.run import prune as run
 

@@ -125,6 +125,19 @@ MISSING = {
         "target 'layers=99': layers=99 is larger than the source's 3; "
         "the nearest valid choice is 3",
     ),
+    "prune-budget": (
+        "prune model --budget 1 --calibration text.txt --out out",
+        "budget '1': too small for a sane shape of this source (parameters); the smallest valid "
+        "choice is params=",
+    ),
+    "prune-both": (
+        "prune model --to 0.1b --budget 60M --calibration text.txt --out out",
+        "give either a shape (--to, such as 0.1b) or a budget (--budget, such as 60M)",
+    ),
+    "prune-candidates": (
+        "prune model --budget 100K --candidates 0 --calibration text.txt --out out",
+        "candidates: 0; give at least 1",
+    ),
     "shard": ("shard records.jsonl gone.jsonl --out out", "gone.jsonl does not exist"),
     "shard-size": (
         "shard records.jsonl --out out --shard-size 12parsec",

@@ -1,7 +1,6 @@
-"""Choose what stays by importance: one score per unit from activation statistics.
+"""Choose what stays by importance: one score per unit.
 
-After Minitron (Muralidharan et al. 2024, arXiv 2407.14679, section 2.2) for the widths and ShortGPT
-(Men et al. 2024, arXiv 2403.03853) for the layers:
+After Minitron (Muralidharan et al. 2024, arXiv 2407.14679, section 2.2) for the widths:
 
     FFN channel      mean over tokens of |a|, a the input of down_proj; ranked within its layer
     KV group         sqrt(mean over tokens of |c|^2), c the slice of o_proj's input that the group's
@@ -9,7 +8,7 @@ After Minitron (Muralidharan et al. 2024, arXiv 2407.14679, section 2.2) for the
     query head       the same, c the slices of the heads at one place in all groups of the layer
     hidden channel   sum over all norms of the mean over tokens of |y|, y the norm's output; one
                      ranking, since all layers share the residual stream
-    layer            block influence, 1 - cos(x_l, x_(l+1)), mean over tokens
+    layer            the later the loss can spare it, the higher (`drama.prune.layers`)
 
 Held-out loss of SmolLM2-135M (3.44 nats whole), one dimension cut at a time, 16k tokens of
 English Wikipedia, settled the variants: FFN 1536 to 1024, |a| 4.40, times the norm of down_proj's
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from drama.prune.layers import LayerOrder
 from drama.prune.shape import Shape
 from drama.prune.statistics import Statistics
 from drama.prune.surgery import Plan
@@ -45,12 +45,12 @@ class Importance:
     ffn: Tensor
 
 
-def score(statistics: Statistics, source: Shape) -> Importance:
-    """Turn the statistics of a pass into one score per unit."""
+def score(statistics: Statistics, source: Shape, order: LayerOrder) -> Importance:
+    """Turn the statistics of a pass and the order of the layers into one score per unit."""
     heads = (source.layers, source.kv_heads, source.group, source.head_dim)
     by_head_LGJE = statistics.attention.view(heads)
     return Importance(
-        layer=statistics.influence,
+        layer=order.scores(),
         hidden=statistics.normed.sum(0),
         kv_group=by_head_LGJE.sum((2, 3)).sqrt(),
         query_head=by_head_LGJE.sum((1, 3)).sqrt(),
@@ -61,15 +61,12 @@ def score(statistics: Statistics, source: Shape) -> Importance:
 def choose(importance: Importance, energy_MD: Tensor, target: Shape) -> Plan:
     """Return the plan that keeps the highest scores, in their order.
 
-    The first and the last layer stay wherever two layers or more do. The factor on a norm is
-    sqrt(mean over the kept channels of energy), `Statistics.energy` being (x / rms(x))^2: in the
-    mean, the norm's output then has the magnitude it had (hidden 576 to 504 on SmolLM2-135M: loss
-    4.46 with the factors, 4.69 without). Channels that are zero everywhere are so cut exactly.
+    The factor on a norm is sqrt(mean over the kept channels of energy), `Statistics.energy` being
+    (x / rms(x))^2: in the mean, the norm's output then has the magnitude it had (hidden 576 to 504
+    on SmolLM2-135M: loss 4.46 with the factors, 4.69 without). Channels that are zero everywhere
+    are so cut exactly.
     """
-    layer_L = importance.layer.clone()
-    if target.layers >= 2:
-        layer_L[0] = layer_L[-1] = float("inf")
-    layers = highest(layer_L, target.layers)
+    layers = highest(importance.layer, target.layers)
     hidden = highest(importance.hidden, target.hidden)
     norms = [norm for layer in layers for norm in (2 * layer, 2 * layer + 1)]
     norms.append(energy_MD.shape[0] - 1)

@@ -36,6 +36,12 @@ def inference(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
+def next_token_loss(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
+    """Sum of the next-token cross entropy (nats) over one row, at least in float32."""
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    return F.cross_entropy(logits_NV[:-1], ids_N[1:], reduction="sum")
+
+
 def lm_loss(model: Any, rows_RN: Tensor, dtype: torch.dtype = torch.float32) -> float:
     """Mean next-token cross entropy (nats per token) over rows [R, N] of token ids, N at least 2.
 
@@ -45,6 +51,5 @@ def lm_loss(model: Any, rows_RN: Tensor, dtype: torch.dtype = torch.float32) -> 
     total = 0.0
     with inference(device, dtype):
         for ids_N in rows_RN.to(device):
-            logits_NV = model(ids_N[None], use_cache=False).logits[0]
-            total += F.cross_entropy(logits_NV[:-1].float(), ids_N[1:], reduction="sum").item()
+            total += next_token_loss(model(ids_N[None], use_cache=False).logits[0], ids_N).item()
     return total / (rows_RN.shape[0] * (rows_RN.shape[1] - 1))

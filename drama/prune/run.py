@@ -1,4 +1,4 @@
-"""Prune a language model by activation importance: load, measure, choose, cut, judge, write."""
+"""Prune a language model by importance: load, measure, choose, cut, judge, write."""
 
 from __future__ import annotations
 
@@ -17,9 +17,19 @@ from drama.console import console
 from drama.errors import UserError
 from drama.prune.calibration import Calibration, read_calibration
 from drama.prune.importance import Importance, choose, score
+from drama.prune.layers import drop_layers
 from drama.prune.loss import lm_loss, pass_dtype
 from drama.prune.output import check_out, write_model
-from drama.prune.shape import Shape, count_parameters, parse_target, plan_table
+from drama.prune.search import (
+    Budget,
+    Candidate,
+    Sizes,
+    measure,
+    parse_budget,
+    propose,
+    search_table,
+)
+from drama.prune.shape import Shape, parse_target, plan_table
 from drama.prune.source import Source, find_llm, load_model, load_tokenizer, read_config
 from drama.prune.statistics import collect
 from drama.prune.surgery import Plan, cut
@@ -34,6 +44,7 @@ from drama.prune.vocabulary_report import (
 
 ROW_LENGTH = 512
 HELD_OUT_TOKENS = 4096
+LAYER_SHARE = 16  # one scoring row in so many orders the layers, which takes many passes
 
 
 @dataclass(frozen=True)
@@ -41,12 +52,14 @@ class PruneReport:
     """What a pruning did; losses are nats per token on text that was not scored with, of the
     source and of the model cut in shape, both with the source's tokens.
 
-    After a dry run `out`, `plan`, the losses, the rate and `seconds` are None; the same but `out`
-    and `seconds` without a cut in shape. `vocabulary` is None without a vocabulary cut.
+    search: the shapes that were tried for a budget, best first; empty where the target was given.
+    After a dry run `out`, `plan`, the losses, the rate and `seconds` are None, and with a budget
+    `target` too; the same but `out` and `seconds` without a cut in shape. `vocabulary` is None
+    without a vocabulary cut.
     """
 
     source: Shape
-    target: Shape
+    target: Shape | None
     out: Path | None = None
     plan: Plan | None = None
     loss_before: float | None = None
@@ -54,6 +67,7 @@ class PruneReport:
     vocabulary: VocabularyReport | None = None
     tokens_per_s: float | None = None
     seconds: float | None = None
+    search: tuple[Candidate, ...] = ()
 
 
 def prune(
@@ -62,39 +76,48 @@ def prune(
     calibration: str | Path | None,
     out: str | Path,
     *,
+    budget: str | None = None,
+    candidates: int = 8,
     vocab_from: Sequence[str | Path] = (),
     keep: str | None = None,
     calibration_tokens: int = 32768,
     seed: int = 0,
     dry_run: bool = False,
 ) -> PruneReport:
-    """Prune the model at `model_path` to `target` and write it to `out` as a Hugging Face folder.
+    """Prune the model at `model_path` and write it to `out` as a Hugging Face folder.
 
-    With `vocab_from` and `keep` the vocabulary is then cut to the `keep` tokens ("32k") that these
-    corpora need most; without `target` and `calibration` that is all, and the shape stays.
+    The shape is `target`, or with a `budget` in its place (`search.parse_budget`) the one of up to
+    `candidates` proposals whose held-out loss is lowest right after the cut. With `vocab_from` and
+    `keep` the vocabulary is then cut to the `keep` tokens ("32k") that these corpora need most;
+    without a target, a budget and `calibration` that is all, and the shape stays.
 
     The folder holds float32 weights, the tokenizer, and pruning.json: shapes, kept indices, scores,
     the texts' sha256, the held-out loss before and after, and bits per byte where the vocabulary
     was cut. It appears whole or not at all; an older pruned model at `out` is replaced. The source
     is only read. Runs on the GPU where there is one. A dry run checks every input and prints the
-    plan, without the weights.
+    plan or the proposals, without the weights.
 
     Raises:
-        UserError: nothing to do, or half of a pair of arguments; bad model, target, calibration
-            text or corpus (`drama.prune.source`, `parse_target`, `read_calibration`,
-            `plan_vocabulary`); `out` is the source or holds something else, or its disk is full.
+        UserError: nothing to do, or half of a pair of arguments; bad model, target, budget,
+            calibration text or corpus (`drama.prune.source`, `parse_target`,
+            `drama.prune.search`, `read_calibration`, `plan_vocabulary`); `out` is the source or
+            holds something else, or its disk is full.
     """
     start = time.perf_counter()
-    _check_task(target, calibration, vocab_from, keep)
+    _check_task(target, budget, calibration, vocab_from, keep)
     where = find_llm(model_path)
     config = read_config(where)
     source = Shape.of(config)
-    shape = source if target is None else parse_target(target, source)
     rows, tied = config.vocab_size, config.tie_word_embeddings
-    kept_rows = rows if keep is None else whole_tiles(parse_size(keep))
+    sizes = Sizes(rows if keep is None else whole_tiles(parse_size(keep)), tied)
+    limit = None if budget is None else parse_budget(budget)
+    if limit is not None:
+        tried = propose(limit, source, sizes, candidates)
+    else:
+        tried = [sizes.candidate(source if target is None else parse_target(target, source))]
     out = Path(out)
-    check_out(out, where.folder, 4 * count_parameters(shape, kept_rows, tied).total)
-    console.print(plan_table(source, shape, vocab_size=rows, kept_tokens=kept_rows, tied=tied))
+    check_out(out, where.folder, 4 * max(candidate.parameters for candidate in tried))
+    _show(tried, source, rows, sizes, limit)
     tokenizer: Any = load_tokenizer(where, rows)
     text = vocabulary = None
     if calibration is not None:
@@ -111,8 +134,14 @@ def prune(
         vocabulary = plan_vocabulary(
             tokenizer, vocab_from, keep, rows=rows, required=required, seed=seed
         )
-        console.print(vocabulary_table(vocabulary.report, hidden=shape.hidden, tied=tied))
-    report = PruneReport(source, shape, vocabulary=vocabulary.report if vocabulary else None)
+        hidden = tried[0].shape.hidden
+        console.print(vocabulary_table(vocabulary.report, hidden=hidden, tied=tied))
+    report = PruneReport(
+        source,
+        tried[0].shape if limit is None else None,
+        search=() if limit is None else tuple(tried),
+        vocabulary=vocabulary.report if vocabulary else None,
+    )
     if dry_run:
         return report
 
@@ -125,8 +154,15 @@ def prune(
     facts: dict[str, Any] = {"model": str(model_path)}
     if text is not None and calibration is not None:
         statistics = collect(model, text.scoring, dtype)
-        importance = score(statistics, source)
-        plan = choose(importance, statistics.energy, shape)
+        layer_rows = text.scoring[: -(-len(text.scoring) // LAYER_SHARE)]
+        fewest = min(candidate.shape.layers for candidate in tried)
+        order = drop_layers(model, layer_rows, fewest, dtype)
+        importance = score(statistics, source, order)
+        if limit is not None:
+            tried = measure(model, tried, importance, statistics.energy, text.held_out, dtype)
+            _show(tried, source, rows, sizes, limit)
+            report = replace(report, target=tried[0].shape, search=tuple(tried))
+        plan = choose(importance, statistics.energy, tried[0].shape)
         small = cut(model, plan)
         loss_before, loss_after = (lm_loss(x, text.held_out, dtype) for x in (model, small))
         rate = statistics.num_tokens / statistics.seconds
@@ -135,6 +171,7 @@ def prune(
         )
         facts["calibration"] = _calibration_facts(calibration, text, seed)
         facts["scores"] = _score_facts(importance, plan)
+        facts["layers"] = asdict(order)
         console.print(
             f"held-out loss {loss_before:.3f} before, {loss_after:.3f} after "
             f"(perplexity {math.exp(loss_before):,.1f} and {math.exp(loss_after):,.1f})"
@@ -152,17 +189,36 @@ def prune(
     return report
 
 
+def _show(
+    tried: list[Candidate], source: Shape, rows: int, sizes: Sizes, budget: Budget | None
+) -> None:
+    """Print the proposals of a budget, and the plan where the shape is settled."""
+    if budget is not None:
+        console.print(search_table(tried, budget))
+    if budget is None or tried[0].loss is not None:
+        shape, kept = tried[0].shape, sizes.vocab_size
+        console.print(plan_table(source, shape, vocab_size=rows, kept_tokens=kept, tied=sizes.tied))
+
+
 def _check_task(
     target: str | None,
+    budget: str | None,
     calibration: str | Path | None,
     vocab_from: Sequence[str | Path],
     keep: str | None,
 ) -> None:
-    """Refuse arguments of which one needs another."""
-    if target is None and not vocab_from and keep is None:
-        raise UserError("nothing to cut: give a target shape (--to), or --vocab-from and --keep")
-    if (target is None) != (calibration is None):
-        have, lack = ("--calibration", "--to") if target is None else ("--to", "--calibration")
+    """Refuse arguments that exclude each other, or of which one needs another."""
+    if target is not None and budget is not None:
+        raise UserError("--to and --budget: give a shape or a budget to find one for, not both")
+    shaped = target is not None or budget is not None
+    if not shaped and not vocab_from and keep is None and calibration is None:
+        raise UserError(
+            "nothing to cut: give a shape (--to, such as 0.1b) or a budget (--budget, such as "
+            "60M), or --vocab-from and --keep"
+        )
+    if shaped != (calibration is not None):
+        name = "--to" if budget is None else "--budget"
+        have, lack = (name, "--calibration") if shaped else ("--calibration", "--to or --budget")
         raise UserError(f"{have} without {lack}: a shape is cut by a text; give both or neither")
     if bool(vocab_from) != (keep is not None):
         have, lack = ("--vocab-from", "--keep") if vocab_from else ("--keep", "--vocab-from")

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drama.console import progress
@@ -33,14 +32,12 @@ class Statistics:
     attention: [L, C] of c^2, c the input of o_proj.
     normed: [M, D] of |y|, y a norm's output.
     energy: [M, D] of (x / rms(x))^2, x a norm's input; the mean over D is 1 but for the norm's eps.
-    influence: [L] of 1 - cos(x_l, x_(l+1)), the residual stream before and after a layer.
     """
 
     ffn: Tensor
     attention: Tensor
     normed: Tensor
     energy: Tensor
-    influence: Tensor
     num_tokens: int
     seconds: float
 
@@ -51,7 +48,6 @@ class _Sums:
     def __init__(self, model: Any) -> None:
         shape, device = Shape.of(model.config), model.device
         num_norms = 2 * shape.layers + 1
-        self.num_layers = shape.layers
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(*size, dtype=torch.float64, device=device)
@@ -60,8 +56,6 @@ class _Sums:
         self.attention = zeros(shape.layers, shape.heads * shape.head_dim)
         self.normed = zeros(num_norms, shape.hidden)
         self.energy = zeros(num_norms, shape.hidden)
-        self.influence = zeros(shape.layers)
-        self._stream_TD: Tensor | None = None
 
     def add_ffn(self, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.ffn[layer] += _flat(args[0]).norm(p=1, dim=0)
@@ -76,11 +70,6 @@ class _Sums:
         self.normed[norm] += _flat(output).norm(p=1, dim=0)
         unit_TD = x_TD * x_TD.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
         self.energy[norm] += unit_TD.norm(dim=0).double().square()
-        if norm % 2 == 0:  # a layer's first norm reads what the layer before it wrote
-            if self._stream_TD is not None:
-                cosine_T = F.cosine_similarity(self._stream_TD, x_TD, dim=-1)
-                self.influence[norm // 2 - 1] += (1 - cosine_T.double()).sum()
-            self._stream_TD = x_TD if norm < 2 * self.num_layers else None
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -129,9 +118,8 @@ def collect(model: Any, rows_RN: Tensor, dtype: torch.dtype) -> Statistics:
             bar.update(task, advance=batch_BN.numel())
             done = bar.tasks[task].completed
             bar.update(task, note=f"{done / (time.perf_counter() - start):,.0f} tokens/s")
-    ffn, attention, normed, energy, influence = (
-        (x / num_tokens).cpu()
-        for x in (sums.ffn, sums.attention, sums.normed, sums.energy, sums.influence)
+    ffn, attention, normed, energy = (
+        (x / num_tokens).cpu() for x in (sums.ffn, sums.attention, sums.normed, sums.energy)
     )
     seconds = time.perf_counter() - start
-    return Statistics(ffn, attention, normed, energy, influence, num_tokens, seconds)
+    return Statistics(ffn, attention, normed, energy, num_tokens, seconds)
