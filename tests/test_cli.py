@@ -132,7 +132,7 @@ MISSING = {
     ),
     "prune-both": (
         "prune model --to 0.1b --budget 60M --calibration text.txt --out out",
-        "give either a shape (--to, such as 0.1b) or a budget (--budget, such as 60M)",
+        "--to and --budget: give a shape or a budget to find one for, not both",
     ),
     "prune-candidates": (
         "prune model --budget 100K --candidates 0 --calibration text.txt --out out",

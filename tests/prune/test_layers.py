@@ -28,6 +28,7 @@ def keep_layers(model: LlamaForCausalLM, kept: Sequence[int]) -> LlamaForCausalL
             layers=tuple(kept),
             hidden=tuple(range(shape.hidden)),
             kv_groups=(tuple(range(shape.kv_heads)),) * count,
+            query_heads=(tuple(range(shape.group)),) * count,
             ffn=(tuple(range(shape.ffn)),) * count,
             norm_scales=(1.0,) * (2 * count + 1),
         ),

@@ -166,7 +166,7 @@ def test_dry_run_shows_both_plans(
 def test_half_of_a_task_is_refused(folder: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
     for target, calibration, vocab_from, keep, message in (
-        (None, None, (), None, "nothing to cut: give a target shape"),
+        (None, None, (), None, "nothing to cut: give a shape .--to"),
         (TARGET, None, (), None, "--to without --calibration"),
         (None, corpus, [corpus], "512", "--calibration without --to"),
         (TARGET, corpus, [corpus], None, "--vocab-from without --keep"),
