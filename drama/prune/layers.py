@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from drama.console import progress
 from drama.prune.loss import inference, next_token_loss
 
-# layers tried in a round after the first; the one that a full round would drop is among them in 28
-# of 29 rounds of SmolLM2-135M, at half the cost
+# layers tried in a round after the first: half the cost on SmolLM2-135M, and in 33 of 35 rounds the
+# choice of a full one
 TRIED = 8
 
 
