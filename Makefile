@@ -34,11 +34,12 @@ test: setup  ## the tests, without the slow ones
 test-all: setup  ## every test
 	$(BIN)/python -m pytest
 
-bench: setup  ## time loss, step and data beside their peers on this machine: some hours on two cores
+bench: setup  ## time loss, step, data and pruning beside their peers here: some hours on two cores
 	$(BIN)/python launchers/bench_kernels.py
 	$(BIN)/python launchers/bench_throughput.py --memory
 	$(BIN)/python launchers/bench_throughput.py
 	$(BIN)/python launchers/bench_data.py
+	$(BIN)/python launchers/bench_pruning.py --rows 2
 
 check: setup  ## linter, formatter and types
 	$(BIN)/ruff check .
