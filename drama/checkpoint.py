@@ -70,13 +70,24 @@ def save(
     After the new one is whole others are removed: those of later steps, which a run that went on
     from an earlier one has left behind, and those beyond the last `keep_last`, but for the newest
     one up to step `flat_until`, from where the run can be prolonged.
+
+    Raises:
+        UserError: the disk is full; what was saved earlier stays.
     """
     target, temporary = folder / f"step-{step}", folder / f".step-{step}.partial"
     if engine.global_rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     _barrier()
-    engine.save_checkpoint(str(temporary), tag="zero", save_latest=False)
+    try:
+        engine.save_checkpoint(str(temporary), tag="zero", save_latest=False)
+    except RuntimeError as error:
+        if not re.search("PytorchStreamWriter|inline_container|file write", str(error)):
+            raise
+        raise UserError(
+            f"{target}: the checkpoint cannot be written, is the disk full? Earlier ones stay; "
+            "make room and start again, or lower train.keep_last"
+        ) from error
     write_model(temporary / "model")
     _barrier()
     if engine.global_rank == 0:

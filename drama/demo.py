@@ -113,7 +113,7 @@ def demo_stages(output: Path, llm: Path) -> list[Stage]:
     return [
         Stage("prune", "a real Llama becomes a small backbone", [
             "drama", "prune", _shown(llm), "--to", SHAPE, "--calibration",
-            f"{sample}/calibration.txt.gz", "--calibration-tokens", "16384",
+            f"{sample}/calibration.txt.gz", "--calibration-tokens", "8192",
             "--out", at["backbone"],
         ]),
         Stage("shard", "question-answer pairs become WebDataset shards", [

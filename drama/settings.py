@@ -111,7 +111,7 @@ class Settings(Strict):
 
     name: str
     output: Path
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
     @classmethod
     def _needed(cls) -> list[str]:

@@ -2,9 +2,10 @@
 
     python launchers/bench_pruning.py              # SmolLM2-135M to a third: ten minutes, CPU
     python launchers/bench_pruning.py --model Llama-3.2-1B --to 0.1b --rows 32 --length 1024
-    deepspeed --num_gpus 2 launchers/bench_pruning.py --zero zero3
+    python launchers/bench_pruning.py --zero zero3
 
-Rows go to benchmarks/pruning.csv: tokens/s, and the seconds of each phase of a step.
+One process: what several ranks add is the engine's, the same for both. Rows go to
+benchmarks/pruning.csv: tokens/s, and the seconds of each phase of a step.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--zero", default="zero1", show_default=True, help="A name in ds_configs/.")
 @click.option("--seconds", default=500.0, show_default=True, help="No round begins later.")
 @click.option("--out", type=FOLDER, default=CSV, show_default="pruning.csv")
-@click.option("--local_rank", type=int, default=0, hidden=True, help="passed by the launcher")
 def main(
     model: Path | None,
     to: str,
@@ -44,7 +44,6 @@ def main(
     zero: str,
     seconds: float,
     out: Path,
-    local_rank: int,
 ) -> None:
     """Time plain and masked steps in turn."""
     with exit_on_user_error("bench_pruning"):
@@ -80,8 +79,7 @@ def main(
                     f"{name}: {speed:,.0f} tokens/s, {speed / speeds['plain']:.2f} of plain",
                     highlight=False,
                 )
-            if ranks.is_main:
-                table.write(out)
+            table.write(out)
 
 
 if __name__ == "__main__":

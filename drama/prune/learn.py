@@ -11,9 +11,11 @@ B rows of a pass, N tokens a row, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +45,12 @@ from drama.prune.text import TextStream, find_texts, open_domain, sha256_of, tok
 from drama.settings import check_same_run
 
 MASK_FILE = "masks.safetensors"
+CHECKPOINT_BYTES = 16  # of a weight: itself, its float32 master, two moments
 ADAM_BETAS = (0.9, 0.95)
+PLAIN_NAMES = {
+    "layer": "layers", "hidden": "hidden channels", "kv_group": "KV groups",
+    "query_head": "query heads", "ffn": "FFN channels",
+}  # fmt: skip
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
     "train": {"save_every", "keep_last", "rows_per_pass", "recompute_blocks"},
@@ -108,14 +115,20 @@ class Pruner:
             )
         vocabulary = {"vocab_size": self.config.vocab_size}
         vocabulary["tied"] = self.config.tie_word_embeddings
-        size = count_parameters(self.target, **vocabulary).total
-        check_out(recipe.output / "model", self.where.folder, 4 * size)
+        small, whole = (
+            count_parameters(shape, **vocabulary).total for shape in (self.target, self.source)
+        )
+        size = 4 * small + CHECKPOINT_BYTES * whole * (recipe.train.keep_last + 1)
+        what = f"the pruned model with {recipe.train.keep_last} checkpoints and one being written"
+        check_out(recipe.output / "model", self.where.path, size, what)
         for name, paths in recipe.data.domains.items():
             find_texts(name, paths)
         console.print(plan_table(self.source, self.target, **vocabulary))
         self.tokenizer = load_tokenizer(self.where, self.config.vocab_size)
         torch.manual_seed(recipe.seed)
+        self.inputs = {"model": self._source_sha256()}
         self.text = self._open_text()
+        self.inputs["text"] = self._text_sha256()
         self.masks = Masks(self.source, self.target, seed=recipe.seed, device=self.device)
         self.pace = Pace.of(recipe.train, recipe.train.steps)
         self.model = LanguageModel(load_model(self.where, self.config))
@@ -148,12 +161,7 @@ class Pruner:
         held_out = data.held_out_rows
         most = (train.steps * train.batch_rows + held_out) * data.length
         folder = self.recipe.output / "text"
-        if self.ranks.is_main:
-            identity = self._source_sha256()
-            for name, paths in data.domains.items():
-                tokenise(name, paths, self.tokenizer, folder, max_tokens=most, identity=identity)
-        if self.ranks.world_size > 1:
-            dist.barrier()
+        self._on_main(lambda: self._tokenise(folder, most))
         domains = [
             open_domain(
                 name,
@@ -166,9 +174,32 @@ class Pruner:
         ]
         return TextStream(domains, self.recipe.seed)
 
+    def _tokenise(self, folder: Path, most: int) -> None:
+        for name, paths in self.recipe.data.domains.items():
+            identity = self.inputs["model"]
+            tokenise(name, paths, self.tokenizer, folder, max_tokens=most, identity=identity)
+
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Do something long on the main rank while the others wait, a day if need be.
+
+        Raises:
+            UserError: on every rank, with what the main rank found.
+        """
+        fault: list[str | None] = [None]
+        if self.ranks.is_main:
+            try:
+                work()
+            except UserError as error:
+                fault = [str(error)]
+        if self.ranks.world_size > 1:
+            group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            dist.broadcast_object_list(fault, src=0, group=group)
+        if fault[0] is not None:
+            raise UserError(fault[0])
+
     def _source_sha256(self) -> str:
-        where = self.where
-        return sha256_of(where.folder / where.gguf) if where.gguf else model_sha256(where.folder)
+        path = self.where.path
+        return sha256_of(path) if self.where.gguf else model_sha256(path)
 
     def _start_engine(self) -> Any:
         recipe = self.recipe
@@ -333,26 +364,23 @@ class Pruner:
             reference = self.evaluate(Gates({}, {}))
             self.domains = DomainWeights(names, reference, weights=data.weights, **options)
             return 0
-        step, extra = checkpoint.load(self.engine, found[-1], self._inputs())
+        step, extra = checkpoint.load(self.engine, found[-1], self.inputs)
         self.domains = DomainWeights(names, extra["domains"]["reference"], **options)
         self.domains.load(extra["domains"])
         self.text.drawn = extra["drawn"]
         self._load_masks(load_file(found[-1] / "model" / MASK_FILE))
         return step
 
-    def _inputs(self) -> dict[str, Any]:
-        """Hashes of the model and the text: a path may come to hold something else."""
-        digest = {
-            path.stem: sha256_of(path) for path in (self.recipe.output / "text").glob("*.json")
-        }
-        return {"model": self._source_sha256(), "text": digest}
+    def _text_sha256(self) -> str:
+        facts = sorted((self.recipe.output / "text").glob("*.json"))
+        return hashlib.sha256("".join(sha256_of(path) for path in facts).encode()).hexdigest()
 
     def _save(self, done: int) -> None:
         checkpoint.save(
             self.engine,
             self.recipe.output / "checkpoints",
             done,
-            inputs=self._inputs(),
+            inputs=self.inputs,
             extra={"domains": self.domains.state(), "drawn": self.text.drawn},
             keep_last=self.recipe.train.keep_last,
             flat_until=0,
@@ -397,9 +425,14 @@ class Pruner:
             whole.generation_config = self.model.lm.generation_config
             fold(whole, alive)
             plan = alive.plan()
+            sparsity = {k: x.mean().item() for k, x in self.masks.sparsity().items()}
+            dead = {k: int((gates.z[k][kept] == 0).sum()) for k, kept in gates.kept.items()}
+            self._warn_of_masks(sparsity, dead)
             facts = {
                 "model": str(self.recipe.model.path),
                 "method": "learned masks",
+                "expected_sparsity": sparsity,
+                "kept_at_zero": dead,
                 "source": vars(self.source),
                 "target": vars(self.target),
                 "plan": vars(plan),
@@ -418,6 +451,18 @@ class Pruner:
         if self.ranks.world_size > 1:
             dist.barrier()
         return out
+
+    def _warn_of_masks(self, sparsity: dict[str, float], dead: dict[str, int]) -> None:
+        """Say where the masks had not settled on the target when the steps were over."""
+        goals = self.masks.targets(1.0)
+        for kind, reached in sparsity.items():
+            if abs(reached - goals[kind]) > 0.05 or dead[kind]:
+                console.print(
+                    f"[yellow]warning:[/] {PLAIN_NAMES[kind]}: expected sparsity {reached:.2f}, "
+                    f"the target's is {goals[kind]:.2f}; {dead[kind]:,} of the kept units were "
+                    "closed. The shape is right, the choice had not settled: more steps, or a "
+                    "lower masks.lr, in another output"
+                )
 
     # -- what people see ----------------------------------------------------------------------
 
@@ -455,7 +500,7 @@ class Pruner:
     def _headline(self, first: int) -> str:
         recipe = self.recipe
         resumed = f", resumed at step {first}" if first else ""
-        kinds = ", ".join(kind.replace("_", " ") + "s" for kind in self.masks.counts)
+        kinds = ", ".join(PLAIN_NAMES[kind] for kind in self.masks.counts)
         tokens = {d.name: d.length * len(d) for d in self.text.domains}
         shown = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
         return (

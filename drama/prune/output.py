@@ -15,18 +15,16 @@ from drama.prune.source import quiet
 REPORT_NAME = "pruning.json"
 
 
-def check_out(out: Path, source_folder: Path, num_bytes: int) -> None:
+def check_out(out: Path, source_path: Path, num_bytes: int, what: str = "the pruned model") -> None:
     """Refuse an output that would destroy something or cannot hold the model.
 
     Raises:
-        UserError: it is the source or beside it in one path, a file, something else, or the disk
-            is too small.
+        UserError: it is the source (a folder or a file), inside it or around it; a file; something
+            else; or the disk is too small for `what`.
     """
-    source, target = source_folder.resolve(), out.resolve()
+    source, target = source_path.resolve(), out.resolve()
     if target == source or target in source.parents or source in target.parents:
-        raise UserError(
-            f"{out}: the output overlaps the source model {source_folder}; name another"
-        )
+        raise UserError(f"{out}: the output overlaps the source model {source_path}; name another")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder for the pruned model")
     if out.is_dir() and any(out.iterdir()) and not (out / REPORT_NAME).is_file():
@@ -38,7 +36,7 @@ def check_out(out: Path, source_folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise UserError(
-            f"{out}: the pruned model takes {num_bytes / 1e6:,.0f} MB, the disk has "
+            f"{out}: {what} takes {num_bytes / 1e6:,.0f} MB, the disk has "
             f"{free / 1e6:,.0f} MB free; free some or name another disk"
         )
 

@@ -8,9 +8,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from drama.errors import UserError
-from drama.settings import Optimization, Positive, Schedule, Settings, Strict
+from drama.settings import Beta, Optimization, Positive, Schedule, Settings, Strict
 
-Files = Annotated[list[Path], BeforeValidator(lambda x: [x] if isinstance(x, str | Path) else x)]
+Files = Annotated[
+    list[Path],
+    Field(min_length=1),
+    BeforeValidator(lambda x: [x] if isinstance(x, str | Path) else x),
+]
 
 
 class SourceRecipe(Strict):
@@ -31,7 +35,7 @@ class TextRecipe(Strict):
         50  # steps between two updates of the weights; 0 none
     )
     clip_gaps: bool = True  # a domain below its reference does not shrink (the paper's max(., 0))
-    floor: Annotated[float, Field(ge=0, le=1)] = 1e-4  # share that is spread evenly
+    floor: Annotated[float, Field(gt=0, le=1)] = 1e-4  # share that is spread evenly
 
 
 class MaskRecipe(Schedule):
@@ -52,7 +56,7 @@ class PruneTrainRecipe(Optimization):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     recompute_blocks: bool = False  # activation checkpointing
 
 
@@ -77,6 +81,12 @@ class PruneRecipe(Settings):
         if unknown:
             raise ValueError(
                 f"data.weights.{unknown[0]} is no domain; there are {', '.join(self.data.domains)}"
+            )
+        missing = sorted(set(self.data.domains) - set(self.data.weights))
+        if self.data.weights and missing:
+            raise ValueError(
+                f"data.weights names some domains, but not {missing[0]}; give every domain a "
+                "weight, or none"
             )
         for name in self.data.domains:
             if not name.replace("-", "").replace("_", "").isalnum():

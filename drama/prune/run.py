@@ -116,7 +116,7 @@ def prune(
     else:
         tried = [sizes.candidate(source if target is None else parse_target(target, source))]
     out = Path(out)
-    check_out(out, where.folder, 4 * max(candidate.parameters for candidate in tried))
+    check_out(out, where.path, 4 * max(candidate.parameters for candidate in tried))
     _show(tried, source, rows, sizes, limit)
     tokenizer: Any = load_tokenizer(where, rows)
     text = vocabulary = None
@@ -134,8 +134,8 @@ def prune(
         vocabulary = plan_vocabulary(
             tokenizer, vocab_from, keep, rows=rows, required=required, seed=seed
         )
-        hidden = tried[0].shape.hidden
-        console.print(vocabulary_table(vocabulary.report, hidden=hidden, tied=tied))
+        if limit is None:
+            _show_vocabulary(vocabulary.report, tried[0], tied)
     report = PruneReport(
         source,
         tried[0].shape if limit is None else None,
@@ -161,6 +161,8 @@ def prune(
         if limit is not None:
             tried = measure(model, tried, importance, statistics.energy, text.held_out, dtype)
             _show(tried, source, rows, sizes, limit)
+            if vocabulary is not None:
+                _show_vocabulary(vocabulary.report, tried[0], tied)
             report = replace(report, target=tried[0].shape, search=tuple(tried))
         plan = choose(importance, statistics.energy, tried[0].shape)
         small = cut(model, plan)
@@ -187,6 +189,10 @@ def prune(
     facts |= {key: value for key, value in asdict(report).items() if key != "out"}
     write_model(small, tokenizer, facts, out)
     return report
+
+
+def _show_vocabulary(report: VocabularyReport, chosen: Candidate, tied: bool) -> None:
+    console.print(vocabulary_table(report, hidden=chosen.shape.hidden, tied=tied))
 
 
 def _show(

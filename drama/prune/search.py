@@ -1,6 +1,6 @@
 """Find the shape for a budget: propose a few, cut each, and take the one with the lowest loss.
 
-A budget counts all parameters, embedding and output layer included with the vocabulary as it is,
+A budget counts all parameters, embedding and output layer included with the vocabulary that stays,
 or the FLOPs of a token's forward pass (`shape.flops_per_token`).
 """
 

@@ -160,15 +160,17 @@ def _check(target: Shape, source: Shape, text: str) -> None:
         near = max(round(target.hidden / target.heads), 1) * target.heads
         if near > source.hidden:
             near = source.hidden // target.heads * target.heads
-        divisors = [
-            heads
-            for heads in range(source.group, source.heads + 1, source.group)
-            if target.hidden % heads == 0
-        ]
-        others = min(divisors, key=lambda heads: abs(heads - target.heads), default=None)
+        whole = target.heads == kv_heads * source.group
+        choices = {  # another number of whole groups, or of heads in each
+            heads: f" or heads={heads}" + f",kv_heads={heads // source.group}" * whole
+            for heads in range(source.group if whole else kv_heads, source.heads + 1,
+                               source.group if whole else kv_heads)
+            if target.hidden % heads == 0 and (whole or heads <= kv_heads * source.group)
+        }  # fmt: skip
+        other = min(choices, key=lambda heads: abs(heads - target.heads), default=None)
         raise UserError(
             f"target '{text}': hidden={target.hidden} is not a multiple of heads={target.heads}; "
-            f"the nearest valid choice is hidden={near}" + (f" or heads={others}" if others else "")
+            f"the nearest valid choice is hidden={near}" + (choices[other] if other else "")
         )
 
 

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import io
 import json
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ CONFIG_FIELDS = (
     "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
     "tie_word_embeddings", "rope_parameters", "attention_bias", "mlp_bias",
 )  # fmt: skip
+# what the readers of folders and of GGUF files raise at damaged ones
+_UNREADABLE = (OSError, ValueError, KeyError, IndexError, struct.error)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -56,9 +59,14 @@ class Source:
     gguf: str | None
 
     @property
+    def path(self) -> Path:
+        """The folder, or the GGUF file."""
+        return self.folder / self.gguf if self.gguf else self.folder
+
+    @property
     def name(self) -> str:
         """What messages call it."""
-        return str(self.folder / self.gguf if self.gguf else self.folder)
+        return str(self.path)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -123,8 +131,11 @@ def read_config(source: Source) -> Any:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(source.folder, **source.options)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{source.name}: cannot read the model's configuration: {error}") from error
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{source.name}: cannot read the model's configuration: {error}; if it is half "
+            "downloaded, download it again"
+        ) from error
     if config.model_type not in FAMILIES:
         raise UserError(
             f"{source.name}: architecture '{config.model_type}' cannot be pruned; give a model of "
@@ -152,7 +163,7 @@ def load_tokenizer(source: Source, vocab_size: int) -> Any:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **source.options)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{source.name}: the tokenizer cannot be read: {error}") from error
     if len(tokenizer) > vocab_size:
         raise UserError(
@@ -208,9 +219,10 @@ def load_model(source: Source, config: Any, dtype: torch.dtype = torch.float32) 
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder, dtype=dtype, output_loading_info=True, **options
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (*_UNREADABLE, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{source.name}: the weights cannot be read (damaged, or not of this configuration); "
+            f"{source.name}: the weights cannot be read (half downloaded, damaged, or not of this "
+            "configuration); "
             f"download them again: {error}"
         ) from error
     model = loaded[0]

@@ -21,35 +21,37 @@ import torch
 from torch import Tensor
 
 from drama.console import progress
-from drama.data.lines import is_url, open_raw, parse_object, read_lines
+from drama.data.lines import open_raw, parse_object, read_lines
 from drama.errors import UserError
-from drama.files import replacing
+from drama.files import recovered, replacing
 
 DOCUMENTS_AT_ONCE = 512
+LONGEST_DOCUMENT = 2**20  # characters of a plain text without blank lines
 
 
 def documents(path: str | Path) -> Iterator[str]:
     """The documents of a text file: UTF-8, plain or packed (.gz, .xz, .zst).
 
-    Lines that are JSON objects hold one each, in `text` (a `title` is put before it); of any other
-    file blank lines separate them.
+    A file with .jsonl or .ndjson in its name holds a JSON object a line, with `text` (a `title` is
+    put before it); of any other blank lines separate them, and a very long one comes in pieces.
 
     Raises:
         UserError: unreadable, or a JSON line without `text`; the message names file and line.
     """
-    lines: list[str] = []
-    as_json: bool | None = None
-    for number, line in read_lines(path):
-        if as_json is None and line.strip():
-            as_json = line.lstrip().startswith("{")
-        if as_json:
+    if {".jsonl", ".ndjson"} & set(Path(path).suffixes):
+        for number, line in read_lines(path):
             if line.strip():
                 yield _text_of(path, number, line)
-        elif line.strip():
+        return
+    lines: list[str] = []
+    size = 0
+    for _, line in read_lines(path):
+        if line.strip():
             lines.append(line)
-        elif lines:
+            size += len(line)
+        if lines and (not line.strip() or size > LONGEST_DOCUMENT):
             yield "\n".join(lines).strip()
-            lines = []
+            lines, size = [], 0
     if lines:
         yield "\n".join(lines).strip()
 
@@ -75,31 +77,34 @@ def sha256_of(path: str | Path) -> str:
 
 
 class Domain:
-    """Rows [N] of one domain; the first `held_out` of them are never drawn."""
+    """Rows [N] of one domain, of which `held_out`, evenly spread, are never drawn."""
 
     def __init__(self, name: str, ids: np.ndarray, length: int, held_out: int, seed: int) -> None:
-        self.name, self.length, self.held_out = name, length, held_out
+        self.name, self.length = name, length
         self._rows = ids[: len(ids) // length * length].reshape(-1, length)
+        count = len(self._rows)
+        self._held_out = np.unique(np.arange(held_out) * count // max(1, held_out))
+        self._training = np.setdiff1d(np.arange(count), self._held_out)
         self._seed = [seed, zlib.crc32(name.encode())]
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
         """Rows to train on."""
-        return max(0, len(self._rows) - self.held_out)
+        return len(self._training)
 
     def draw(self, number: int) -> np.ndarray:
         """The row that is drawn as `number`-th, from 0: a new permutation every epoch."""
         epoch, place = divmod(number, len(self))
         if epoch != self._epoch:
-            self._order = np.random.default_rng([*self._seed, epoch]).permutation(len(self))
-            self._epoch = epoch
-        row: np.ndarray = self._rows[self.held_out + self._order[place]]
+            rng = np.random.default_rng([*self._seed, epoch])
+            self._order, self._epoch = rng.permutation(self._training), epoch
+        row: np.ndarray = self._rows[self._order[place]]
         return row
 
     @property
     def held_out_rows(self) -> Tensor:
-        """Rows to judge by, int64 [up to held_out, N]."""
-        return torch.from_numpy(self._rows[: self.held_out].astype(np.int64))
+        """Rows to judge by, int64 [held_out, N]."""
+        return torch.from_numpy(self._rows[self._held_out].astype(np.int64))
 
 
 class TextStream:
@@ -142,6 +147,7 @@ def tokenise(
 ) -> Path:
     """Write a domain's token ids under `folder`, or find them there; return the `.bin` file.
 
+    Documents come from the files in turn, so that a long one does not crowd out the others.
     max_tokens: stop there; a run that needs fewer reads no further. identity: says which tokenizer
     it is; ids of another one are written anew.
 
@@ -159,9 +165,10 @@ def tokenise(
         if stored == wanted | {"tokens": target.stat().st_size // 4}:
             return target
     facts.unlink(missing_ok=True)
+    recovered(target)
     written = 0
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream = (text for path in paths for text in documents(path))
+    stream = _in_turn([documents(path) for path in paths])
     with replacing(target) as temporary, temporary.open("wb") as file, progress() as bar:
         task = bar.add_task(f"tokens of {name}", total=max_tokens, note="")
         while written < max_tokens and (texts := list(islice(stream, DOCUMENTS_AT_ONCE))):
@@ -177,6 +184,15 @@ def tokenise(
         text = json.dumps(wanted | {"tokens": written}, indent=1)
         temporary.write_text(text, encoding="utf-8")
     return target
+
+
+def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
+    while streams:
+        for stream in list(streams):
+            if (text := next(stream, None)) is None:
+                streams.remove(stream)
+            else:
+                yield text
 
 
 def open_domain(name: str, file: Path, *, length: int, held_out: int, seed: int) -> Domain:
@@ -203,5 +219,5 @@ def find_texts(name: str, paths: Sequence[str | Path]) -> None:
         UserError: with the first one.
     """
     for path in paths:
-        if not is_url(path) and not Path(path).is_file():
+        if not Path(path).is_file():
             raise UserError(f"data.domains.{name}: {path} is no file; give text files, .jsonl too")

@@ -219,6 +219,11 @@ def test_a_killed_run_goes_on_to_the_last_bit(world: Path, tmp_path: Path) -> No
         (["data.length=20000"], ["data.domains.code", "too short"]),
         (["model.path=nothing"], ["nothing", "no such model folder"]),
         (["train.precision=bf16"], ["bf16", "zero1"]),
+        (["train.betas=[1.0,2.0]"], ["train.betas"]),
+        (["data.weights.code=1"], ["data.weights", "de"]),
+        (["data.floor=0"], ["data.floor"]),
+        (["seed=-1"], ["seed"]),
+        (["data.domains.de=[]"], ["data.domains.de"]),
     ],
 )
 def test_bad_input_ends_with_one_line(

@@ -63,6 +63,14 @@ def test_a_damaged_gguf(tmp_path: Path) -> None:
     assert "configuration" in refusal(path)
 
 
+@pytest.mark.parametrize("size", [100, 100_000, 3_000_000])
+def test_a_half_downloaded_gguf(smollm2: Path, tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.gguf"
+    with next(smollm2.glob("*.gguf")).open("rb") as file:
+        path.write_bytes(file.read(size))
+    assert "half downloaded" in refusal(path)
+
+
 def test_no_weights(model_folder: Path) -> None:
     (model_folder / "model.safetensors").unlink()
     assert "model.safetensors is missing" in refusal(model_folder)
@@ -86,7 +94,7 @@ def test_truncated_weights(model_folder: Path) -> None:
 
 def test_weights_of_another_shape(model_folder: Path) -> None:
     edit_config(model_folder, intermediate_size=44)
-    assert "not of this configuration" in refusal(model_folder)
+    assert "not of this" in refusal(model_folder)
 
 
 def test_weights_with_a_layer_too_few(model_folder: Path) -> None:

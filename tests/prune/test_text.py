@@ -12,15 +12,22 @@ import pytest
 import torch
 
 from drama.errors import UserError
+from drama.prune import text
 from drama.prune.text import Domain, TextStream, documents, find_texts, open_domain, tokenise
 from drama.testing import byte_tokenizer
 
 
-def test_paragraphs_and_json_lines(tmp_path: Path) -> None:
+def test_paragraphs_and_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tmp_path / "a.txt.xz"
     with lzma.open(plain, "wt") as file:
         file.write("\n\none\ntwo\n\n \nthree\n")
     assert list(documents(plain)) == ["one\ntwo", "three"]
+    code = tmp_path / "code.txt"  # JSON is told by the name: a text may begin with a brace
+    code.write_text("{ x }\n\n}")
+    assert list(documents(code)) == ["{ x }", "}"]
+    monkeypatch.setattr(text, "LONGEST_DOCUMENT", 5)
+    code.write_text("abc\ndef\nghi\njkl\nm")  # no blank line to its end
+    assert list(documents(code)) == ["abc\ndef", "ghi\njkl", "m"]
     rows = [{"text": "ä {b}"}, {"title": "T", "text": "t\n\nu"}, {"title": None, "text": "v"}]
     packed = tmp_path / "a.jsonl.gz"
     with gzip.open(packed, "wt", encoding="utf-8") as file:
@@ -42,11 +49,11 @@ def tokens_of(folder: Path, name: str = "d", **changes: Any) -> Path:
                     **(options | changes))  # fmt: skip
 
 
-def test_token_ids_are_the_documents_closed_by_eos(tmp_path: Path) -> None:
+def test_token_ids_are_the_documents_of_all_files_in_turn_closed_by_eos(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     (tmp_path / "b.txt").write_text("three")
     tokenizer = byte_tokenizer()
-    expected = [i for text in ("one", "two", "three") for i in (*tokenizer(text)["input_ids"], 2)]
+    expected = [i for word in ("one", "three", "two") for i in (*tokenizer(word)["input_ids"], 2)]
     file = tokens_of(tmp_path)
     assert np.fromfile(file, np.int32).tolist() == expected
     written = file.stat().st_mtime_ns
@@ -82,16 +89,16 @@ def domain(name: str, rows: int, held_out: int = 2) -> Domain:
 
 
 def test_every_epoch_draws_every_row_once_and_no_held_out_one() -> None:
-    found = domain("a", 12)
+    found = domain("a", 12)  # rows 0 and 6 are held out, evenly spread
+    assert found.held_out_rows.tolist() == [[0, 1, 2, 3], [24, 25, 26, 27]]
     assert len(found) == 10
     epochs = [[found.draw(e * 10 + i)[0] // 4 for i in range(10)] for e in range(3)]
     for epoch in epochs:
-        assert sorted(epoch) == list(range(2, 12))
+        assert sorted(epoch) == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
     assert epochs[0] != epochs[1]
     assert found.draw(3)[0] // 4 == epochs[0][3]  # back in an earlier epoch
     assert domain("a", 12).draw(13)[0] // 4 == epochs[1][3]
     assert [domain("b", 12).draw(i)[0] // 4 for i in range(10)] != epochs[0]
-    assert found.held_out_rows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_a_batch_has_each_domain_by_its_weight() -> None:
