@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from drama.bench.rows import Rows, interleaved
+from drama.console import console
 from drama.distributed import Ranks
 from drama.metrics import Stopwatch
 from drama.optimizer import adamw, step_engine
+from drama.prune.alive import Alive, install
 from drama.prune.learn import Pruner
 from drama.prune.masks import LOG_ALPHA_LIMIT, Gates
 from drama.prune.recipe import PruneRecipe
@@ -75,6 +77,18 @@ def set_masks(pruner: Pruner, ramp: float, seed: int = 0) -> None:
             log_alpha.copy_(torch.where(closed.to(log_alpha.device), -limit, limit))
 
 
+def check(pruner: Pruner, plain: Plain, ids_BN: Tensor) -> None:
+    """Refuse to time two ways that do not compute the same: without masks the losses agree."""
+    with torch.no_grad():
+        ids_BN = ids_BN.to(pruner.device)
+        install(pruner.model.lm, Alive(Gates({}, {}), pruner.source))
+        ours = pruner.engine(ids_BN).mean().item()
+        theirs = plain.engine(input_ids=ids_BN, labels=ids_BN, use_cache=False).loss.item()
+    limit = 1e-2 if pruner.recipe.train.precision == "bf16" else 1e-4
+    assert abs(ours - theirs) < limit * abs(theirs), (ours, theirs)
+    console.print(f"same loss without masks: {ours:.4f} and {theirs:.4f}", highlight=False)
+
+
 def measure(pruner: Pruner, plain: Plain, rows: Rows, *, seconds: float) -> dict[str, float]:
     """Time the ways in turn; add rows of tokens/s and of seconds by phase, return tokens/s.
 
@@ -83,6 +97,7 @@ def measure(pruner: Pruner, plain: Plain, rows: Rows, *, seconds: float) -> dict
     recipe = pruner.recipe
     ids_RN, _ = pruner.text.batch(0, pruner.domains.weights, recipe.train.batch_rows)
     sample = pruner.masks.sample
+    check(pruner, plain, ids_RN[: recipe.train.rows_per_pass])
     phases: dict[str, list[dict[str, float]]] = {}
     living: dict[str, float] = {}
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from drama.optimizer import Pace, learning_rate_factor
 from drama.prune.alive import Alive, install, make_maskable
@@ -26,7 +26,7 @@ from drama.prune.recipe import PruneRecipe
 from drama.prune.shape import Shape, parse_target
 from drama.prune.source import load_llm
 from drama.prune.text import TextStream, open_domain
-from drama.testing import run_deepspeed, tiny_llama
+from drama.testing import byte_tokenizer, run_deepspeed, tiny_llama
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "launchers" / "prune.py"
@@ -40,6 +40,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, two domains of text and a recipe."""
     folder = tmp_path_factory.mktemp("prune")
     tiny_llama(folder / "source", tie_word_embeddings=True)
+    torch.manual_seed(0)
+    other = Qwen3Config(
+        vocab_size=260, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=96, head_dim=16, max_position_embeddings=2048,
+        tie_word_embeddings=False, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(other).save_pretrained(folder / "qwen3")
+    byte_tokenizer().save_pretrained(folder / "qwen3")
     (folder / "code.txt").write_text(
         "\n\n".join(f"def f{i}(x): return x * {i}" for i in range(400))
     )
@@ -73,11 +81,16 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def stages(world: Path) -> Path:
-    """Every ZeRO stage on two ranks, and ZeRO 3 with recomputed blocks and one pass a step."""
+    """Every ZeRO stage on two ranks; ZeRO 3 with recomputed blocks and one pass a step, and in bf16
+    with a Qwen3, untied, whose KV groups are cut."""
     out = world / "stages"
     out.mkdir()
     runs = [f"zero{stage}=train.deepspeed=zero{stage}" for stage in range(4)]
     runs += ["other=train.deepspeed=zero3;train.rows_per_pass=4;train.recompute_blocks=true"]
+    runs += [
+        f"bf16=train.deepspeed=zero3;train.precision=bf16;model.path={world / 'qwen3'};"
+        "model.to=layers=2,hidden=48,heads=2,ffn=64"
+    ]
     done = run_deepspeed(WORKER, str(world / "recipe.yaml"), str(out), *runs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out
@@ -162,23 +175,28 @@ def test_what_a_line_says(stages: Path) -> None:
     assert list((stages / "zero3" / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero3"])
-def test_the_written_model_is_the_masked_one(world: Path, stages: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "family", "limit"),
+    [("zero0", "source", 1e-4), ("zero3", "source", 1e-4), ("bf16", "qwen3", 3e-2)],
+)
+def test_the_written_model_is_the_masked_one(
+    world: Path, stages: Path, name: str, family: str, limit: float
+) -> None:
     """Loss of the exported folder on the held-out rows against that of the masked model."""
     folder = stages / name / "model"
-    model = LlamaForCausalLM.from_pretrained(folder)
-    source = Shape.of(load_llm(world / "source")[0].config)
-    assert Shape.of(model.config) == parse_target(TO, source)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole, _ = load_llm(world / family)
+    recipe = PruneRecipe.load(stages / name / "recipe.yaml")
+    assert Shape.of(model.config) == parse_target(recipe.model.to, Shape.of(whole.config))
     assert AutoTokenizer.from_pretrained(folder)("x").input_ids
     facts = json.loads((folder / "pruning.json").read_text())
     for domain, masked in facts["loss_after"].items():
         text = stages / name / "text" / f"{domain}.bin"
         rows = open_domain(domain, text, length=32, held_out=3, seed=0).held_out_rows
-        assert lm_loss(model, rows) == pytest.approx(masked, abs=1e-4)
-        assert facts["loss_before"][domain] == pytest.approx(
-            lm_loss(load_llm(world / "source")[0], rows), abs=1e-4
-        )
-    assert len(facts["plan"]["hidden"]) == 32
+        assert lm_loss(model, rows) == pytest.approx(masked, abs=limit)
+        assert facts["loss_before"][domain] == pytest.approx(lm_loss(whole, rows), abs=limit)
+    assert facts["expected_sparsity"].keys() == facts["kept_at_zero"].keys()
+    assert ("kv_group" in facts["kept_at_zero"]) == (family == "qwen3")
 
 
 def start(world: Path, out: Path) -> subprocess.Popen[bytes]:
