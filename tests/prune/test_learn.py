@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -257,3 +258,25 @@ def test_bad_input_ends_with_one_line(
         assert word in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "model").exists()
+
+
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(world: Path, tmp_path: Path) -> None:
+    """Files may not grow beyond 300 kB: text and metrics fit, a checkpoint does not."""
+    out = tmp_path / "run"
+    command = [sys.executable, str(LAUNCHER), "--recipe", str(world / "recipe.yaml"),
+               "--set", f"output={out}", "--set", "train.deepspeed=zero1"]  # fmt: skip
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, preexec_fn=limit
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    *_, last = done.stderr.strip().splitlines()
+    assert last.startswith("prune: error: ")
+    assert "step-2" in last
+    assert len(lines(out)) == 2
+    assert not list((out / "checkpoints").glob("step-*"))
+    assert not (out / "model").exists()
