@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import deepspeed
 import torch
 from torch import nn
 
+from drama.distributed import Ranks
 from drama.settings import Optimization, Schedule
 
 
@@ -74,6 +77,35 @@ def adamw(
             return adam.FusedAdam(groups, adam_w_mode=True, **options)
         options["fused"] = not offloaded
     return torch.optim.AdamW(groups, **options)
+
+
+def start_engine(
+    module: nn.Module,
+    train: Optimization,
+    config: dict[str, Any],
+    pace: Pace,
+    *,
+    output: Path,
+    ranks: Ranks,
+) -> Any:
+    """DeepSpeed's engine over a module, with the recipe's optimizer and schedule.
+
+    config: the whole DeepSpeed JSON. Its monitors write under `output`, on the main rank.
+    """
+    ours = {"enabled": True, "output_path": str(output), "job_name": "tensorboard"}
+    config["tensorboard"] = ours | config.get("tensorboard", {})
+    config["tensorboard"]["enabled"] &= ranks.is_main
+    config["steps_per_print"] = 2**31
+    stage = config.get("zero_optimization", {})
+    offloaded = stage.get("offload_optimizer", {}).get("device") == "cpu"
+    optimizer = adamw(module, train, ranks.device, offloaded=offloaded)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        lr_scheduler=schedule(optimizer, train, pace),
+        config=config,
+    )
+    return engine
 
 
 def step_engine(engine: Any) -> float:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,7 +33,7 @@ from drama.gradcache import GradCache, StepOutput
 from drama.hf import model_sha256
 from drama.loss import ContrastiveLoss
 from drama.metrics import faster_precision, peak_flops
-from drama.optimizer import Pace, adamw, schedule
+from drama.optimizer import Pace, start_engine
 from drama.recipe import EvalRecipe, Recipe, StepRecipe
 from drama.settings import check_same_run
 from drama.teacher import TeacherVectors
@@ -76,7 +75,14 @@ class Trainer:
         self.batches = self._open_data()
         self.num_steps = self._count_steps()
         self.start, self.pace = self._choose_start()
-        self.engine = self._start_engine()
+        self.engine = start_engine(
+            self.encoder,
+            recipe.train,
+            recipe.deepspeed_config(world_size=ranks.world_size),
+            self.pace,
+            output=recipe.output,
+            ranks=ranks,
+        )
         self.temperature = LearnedTemperature(recipe.loss.temperature)
         self.best: dict[str, Any] | None = None
         self.step_runner = GradCache(
@@ -214,24 +220,6 @@ class Trainer:
                 f"{earlier.num_steps} steps again, or another output"
             )
         return None, Pace.of(train, self.num_steps)
-
-    def _start_engine(self) -> Any:
-        recipe = self.recipe
-        config = recipe.deepspeed_config(world_size=self.ranks.world_size)
-        ours = {"enabled": True, "output_path": str(recipe.output), "job_name": "tensorboard"}
-        config["tensorboard"] = ours | config.get("tensorboard", {})
-        config["tensorboard"]["enabled"] &= self.ranks.is_main
-        config["steps_per_print"] = 2**31
-        stage = config.get("zero_optimization", {})
-        offloaded = stage.get("offload_optimizer", {}).get("device") == "cpu"
-        optimizer = adamw(self.encoder, recipe.train, self.ranks.device, offloaded=offloaded)
-        engine, *_ = deepspeed.initialize(
-            model=self.encoder,
-            optimizer=optimizer,
-            lr_scheduler=schedule(optimizer, recipe.train, self.pace),
-            config=config,
-        )
-        return engine
 
     def _loss(self) -> ContrastiveLoss:
         loss = self.recipe.loss

@@ -6,7 +6,7 @@ A step draws one set of masks, the same on every rank; the weights' gradients go
 engine on any ZeRO stage, those of the masks are a few ten thousand numbers that are added up over
 the ranks and stepped beside it (`drama.prune.masks`).
 
-B rows of a pass, N tokens a row, V vocabulary.
+R rows of a global batch, B rows of a pass, N tokens a row, K domains.
 """
 
 from __future__ import annotations
@@ -17,81 +17,41 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from drama import checkpoint
 from drama.console import console, progress
 from drama.distributed import Ranks
 from drama.errors import UserError
-from drama.hf import build_lm, exact_rotary, model_sha256
-from drama.metrics import MetricsFile, Stopwatch, faster_precision, peak_memory_mib
-from drama.optimizer import Pace, adamw, learning_rate_factor, schedule, step_engine
+from drama.hf import build_lm, model_sha256
+from drama.metrics import Stopwatch, faster_precision
+from drama.optimizer import Pace, learning_rate_factor, start_engine, step_engine
 from drama.prune.alive import Alive, fold, install, make_maskable
 from drama.prune.domains import DomainWeights
+from drama.prune.lm import LanguageModel
 from drama.prune.masks import Gates, Masks
 from drama.prune.output import check_out, write_model
 from drama.prune.recipe import PruneRecipe
 from drama.prune.shape import Shape, count_parameters, parse_target, plan_table
 from drama.prune.source import find_llm, load_model, load_tokenizer, read_config
 from drama.prune.surgery import cut
+from drama.prune.telemetry import PruneTelemetry, StepOutput, warn_of_masks
 from drama.prune.text import TextStream, find_texts, open_domain, sha256_of, tokenise
 from drama.settings import check_same_run
 
 MASK_FILE = "masks.safetensors"
 CHECKPOINT_BYTES = 16  # of a weight: itself, its float32 master, two moments
 ADAM_BETAS = (0.9, 0.95)
-PLAIN_NAMES = {
-    "layer": "layers", "hidden": "hidden channels", "kv_group": "KV groups",
-    "query_head": "query heads", "ffn": "FFN channels",
-}  # fmt: skip
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
     "train": {"save_every", "keep_last", "rows_per_pass", "recompute_blocks"},
     "eval": {"every"},
 }
-
-
-class LanguageModel(nn.Module):
-    """Token ids [B, N] to the mean next-token cross entropy of every row, float32 [B]."""
-
-    def __init__(self, lm: Any) -> None:
-        super().__init__()
-        self.lm = lm
-
-    def forward(self, ids_BN: Tensor) -> Tensor:
-        logits_BNV = self.lm(input_ids=ids_BN, use_cache=False).logits[:, :-1]
-        losses = F.cross_entropy(
-            logits_BNV.flatten(0, 1).float(), ids_BN[:, 1:].flatten(), reduction="none"
-        )
-        return losses.view(ids_BN.shape[0], -1).mean(1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
-        with exact_rotary(self.lm.model.rotary_emb):
-            super()._apply(fn, recurse)
-        return self
-
-
-class StepOutput(NamedTuple):
-    """What a step found; losses are nats a token over the global batch.
-
-    alive: share of the blocks' weights that was computed with. losses, rows: by domain. seconds: by
-    phase.
-    """
-
-    loss: float
-    penalty: float
-    grad_norm: float
-    alive: float
-    losses: dict[str, float]
-    rows: dict[str, int]
-    seconds: dict[str, float]
 
 
 class Pruner:
@@ -135,7 +95,14 @@ class Pruner:
         make_maskable(self.model.lm)
         if recipe.train.recompute_blocks:
             self.model.lm.gradient_checkpointing_enable({"use_reentrant": False})
-        self.engine = self._start_engine()
+        self.engine = start_engine(
+            self.model,
+            recipe.train,
+            recipe.deepspeed_config(world_size=ranks.world_size),
+            self.pace,
+            output=recipe.output,
+            ranks=ranks,
+        )
         self.mask_optimizers = self._mask_optimizers()
         self.domains: DomainWeights
         # a GPU's tensor cores want widths of 64; on a CPU every channel left out is saved
@@ -200,24 +167,6 @@ class Pruner:
     def _source_sha256(self) -> str:
         path = self.where.path
         return sha256_of(path) if self.where.gguf else model_sha256(path)
-
-    def _start_engine(self) -> Any:
-        recipe = self.recipe
-        config = recipe.deepspeed_config(world_size=self.ranks.world_size)
-        ours = {"enabled": True, "output_path": str(recipe.output), "job_name": "tensorboard"}
-        config["tensorboard"] = ours | config.get("tensorboard", {})
-        config["tensorboard"]["enabled"] &= self.ranks.is_main
-        config["steps_per_print"] = 2**31
-        stage = config.get("zero_optimization", {})
-        offloaded = stage.get("offload_optimizer", {}).get("device") == "cpu"
-        optimizer = adamw(self.model, recipe.train, self.device, offloaded=offloaded)
-        engine, *_ = deepspeed.initialize(
-            model=self.model,
-            optimizer=optimizer,
-            lr_scheduler=schedule(optimizer, recipe.train, self.pace),
-            config=config,
-        )
-        return engine
 
     def _mask_optimizers(self) -> list[torch.optim.AdamW]:
         """AdamW of the masks, which descend, and of the multipliers, which ascend."""
@@ -326,12 +275,10 @@ class Pruner:
         if self.ranks.is_main:
             recipe.save(output / "recipe.yaml")
         first = self.begin()
-        console.print(self._headline(first), highlight=False)
-        file = None
-        if self.ranks.is_main:
-            file = MetricsFile(output / "metrics.jsonl", first_step=first)
+        telemetry = PruneTelemetry(recipe, self.engine, self.masks, self.ranks)
+        console.print(telemetry.headline(first, self.text), highlight=False)
         with progress(disable=not self.ranks.is_main) as bar:
-            task = bar.add_task("prune", total=recipe.train.steps, completed=first, note="")
+            telemetry.open(first, bar)
             for step in range(first, recipe.train.steps):
                 began, rate = time.perf_counter(), self.engine.get_lr()[0]
                 found = self.step(step)
@@ -339,17 +286,20 @@ class Pruner:
                 done = step + 1
                 if recipe.data.update_every and done % recipe.data.update_every == 0:
                     self.domains.update()
-                line = self._line(step, found, rate, time.perf_counter() - began)
-                if done % recipe.eval.every == 0 or done == recipe.train.steps:
-                    line["evaluation"] = self.evaluate(self.masks.final())
-                if file is not None:
-                    file.write(line)
-                    self._show(line)
-                    bar.update(task, advance=1, note=_note(line))
+                seconds = time.perf_counter() - began
+                due = done % recipe.eval.every == 0 or done == recipe.train.steps
+                telemetry.record(
+                    step,
+                    found,
+                    self.domains,
+                    ramp=self.ramp(step),
+                    lr=rate,
+                    seconds=seconds,
+                    evaluation=self.evaluate(self.masks.final()) if due else None,
+                )
                 if done % recipe.train.save_every == 0 or done == recipe.train.steps:
                     self._save(done)
-        if file is not None:
-            file.close()
+        telemetry.close()
         return self._export()
 
     def begin(self) -> int:
@@ -427,7 +377,7 @@ class Pruner:
             plan = alive.plan()
             sparsity = {k: x.mean().item() for k, x in self.masks.sparsity().items()}
             dead = {k: int((gates.z[k][kept] == 0).sum()) for k, kept in gates.kept.items()}
-            self._warn_of_masks(sparsity, dead)
+            warn_of_masks(self.masks, sparsity, dead)
             facts = {
                 "model": str(self.recipe.model.path),
                 "method": "learned masks",
@@ -452,65 +402,6 @@ class Pruner:
             dist.barrier()
         return out
 
-    def _warn_of_masks(self, sparsity: dict[str, float], dead: dict[str, int]) -> None:
-        """Say where the masks had not settled on the target when the steps were over."""
-        goals = self.masks.targets(1.0)
-        for kind, reached in sparsity.items():
-            if abs(reached - goals[kind]) > 0.05 or dead[kind]:
-                console.print(
-                    f"[yellow]warning:[/] {PLAIN_NAMES[kind]}: expected sparsity {reached:.2f}, "
-                    f"the target's is {goals[kind]:.2f}; {dead[kind]:,} of the kept units were "
-                    "closed. The shape is right, the choice had not settled: more steps, or a "
-                    "lower masks.lr, in another output"
-                )
-
-    # -- what people see ----------------------------------------------------------------------
-
-    def _line(self, step: int, found: StepOutput, lr: float, seconds: float) -> dict[str, Any]:
-        tokens = self.recipe.train.batch_rows * self.recipe.data.length
-        sparsity = {k: s.mean().item() for k, s in self.masks.sparsity().items()}
-        return {
-            "step": step,
-            "loss": found.loss,
-            "loss_by_domain": found.losses,
-            "domain_weights": dict(self.domains.weights),
-            "rows_by_domain": found.rows,
-            "penalty": found.penalty,
-            "sparsity": sparsity,
-            "target_sparsity": self.masks.targets(self.ramp(step)),
-            "alive": found.alive,
-            "grad_norm": found.grad_norm,
-            "lr": lr,
-            "tokens": tokens,
-            "tokens_per_s": tokens / seconds,
-            "seconds": seconds,
-            "seconds_by_phase": found.seconds,
-            "peak_mem_mib": peak_memory_mib(self.device),
-        }
-
-    def _show(self, line: dict[str, Any]) -> None:
-        names = ("loss", "penalty", "alive", "grad_norm", "lr", "tokens_per_s", "peak_mem_mib")
-        events = {f"prune/{name}": line[name] for name in names}
-        for group in ("loss_by_domain", "domain_weights", "sparsity", "target_sparsity"):
-            events |= {f"{group}/{name}": x for name, x in line[group].items()}
-        events |= {f"eval/{name}": x for name, x in line.get("evaluation", {}).items()}
-        samples = (line["step"] + 1) * self.recipe.train.batch_rows
-        self.engine.monitor.write_events([(name, x, samples) for name, x in events.items()])
-
-    def _headline(self, first: int) -> str:
-        recipe = self.recipe
-        resumed = f", resumed at step {first}" if first else ""
-        kinds = ", ".join(PLAIN_NAMES[kind] for kind in self.masks.counts)
-        tokens = {d.name: d.length * len(d) for d in self.text.domains}
-        shown = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
-        return (
-            f"{recipe.name}: masks over {kinds}; {recipe.train.precision}, ZeRO "
-            f"{self.engine.zero_optimization_stage()} on {self.ranks.world_size} "
-            f"{self.device.type} ranks\n{recipe.train.steps:,} steps of "
-            f"{recipe.train.batch_rows:,} rows of {recipe.data.length:,} tokens{resumed}; "
-            f"tokens of text: {shown}"
-        )
-
     def _check_finite(self, step: int, found: StepOutput) -> None:
         if math.isfinite(found.loss) and math.isfinite(found.grad_norm):
             return
@@ -520,12 +411,6 @@ class Pruner:
             f"it is saved; the last good checkpoint: {saved[-1] if saved else 'none yet'}; lower "
             "train.lr or masks.lr, in another output"
         )
-
-
-def _note(line: dict[str, Any]) -> str:
-    goals = line["target_sparsity"]
-    gaps = "  ".join(f"{k} {s:.2f}/{goals[k]:.2f}" for k, s in line["sparsity"].items())
-    return f"loss {line['loss']:.3f}  {gaps}  {line['tokens_per_s']:,.0f} tokens/s"
 
 
 def learn(recipe: PruneRecipe) -> Path:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from drama.optimizer import Pace, learning_rate_factor
 from drama.prune.alive import Alive, install, make_maskable
-from drama.prune.learn import LanguageModel
+from drama.prune.lm import LanguageModel
 from drama.prune.loss import lm_loss
 from drama.prune.masks import Masks
 from drama.prune.recipe import PruneRecipe
