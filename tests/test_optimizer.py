@@ -1,10 +1,13 @@
 """Groups of weights, and the learning rate at every step."""
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from drama.optimizer import Pace, adamw, learning_rate_factor, parameter_groups
+from drama.optimizer import Pace, adamw, learning_rate_factor, parameter_groups, step_engine
 from drama.recipe import TrainRecipe
 
 
@@ -82,3 +85,15 @@ def test_only_matrices_decay_and_what_is_frozen_is_in_no_group():
     assert len(parameter_groups(module, 0.5)[1]["params"]) == 3
     optimizer = adamw(module, train_recipe(), torch.device("cpu"), offloaded=False)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 3]
+
+
+@pytest.mark.parametrize(("mark", "stage"), [(-1.0, 1), (-1.0, 3), (2.5, 2)])
+def test_a_norm_that_deepspeed_marks_as_no_number_is_none(mark: float, stage: int) -> None:
+    """Else a step with such gradients would look like a step of norm -1."""
+    engine = SimpleNamespace(
+        step=lambda: None,
+        zero_optimization_stage=lambda: stage,
+        get_global_grad_norm=lambda: mark,
+    )
+    norm = step_engine(engine)
+    assert norm == mark if mark > 0 else math.isnan(norm)
