@@ -232,17 +232,11 @@ def test_a_killed_run_goes_on_to_the_last_bit(world: Path, tmp_path: Path) -> No
         (["train.batch_rows=9"], ["train.batch_rows 9", "1 ranks", "8"]),
         (["model.to=hidden=128"], ["hidden=128", "source's 64"]),
         (["model.to=layers=3"], ["source's own shape"]),
-        (["data.weights.fr=1"], ["data.weights.fr", "code, de"]),
         (["data.domains.fr=no.txt"], ["data.domains.fr", "no.txt is no file"]),
         (["data.lenght=5"], ["data.lenght", "did you mean 'length'"]),
         (["data.length=20000"], ["data.domains.code", "too short"]),
         (["model.path=nothing"], ["nothing", "no such model folder"]),
         (["train.precision=bf16"], ["bf16", "zero1"]),
-        (["train.betas=[1.0,2.0]"], ["train.betas"]),
-        (["data.weights.code=1"], ["data.weights", "de"]),
-        (["data.floor=0"], ["data.floor"]),
-        (["seed=-1"], ["seed"]),
-        (["data.domains.de=[]"], ["data.domains.de"]),
     ],
 )
 def test_bad_input_ends_with_one_line(

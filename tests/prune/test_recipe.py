@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from drama.errors import UserError
 from drama.prune.recipe import PruneRecipe
@@ -59,6 +60,14 @@ def test_bad_data_is_named(data: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=r"recipe: ") as caught:
         PruneRecipe.from_tree(TREE | {"data": TREE["data"] | data})
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["train.betas=[1.0,2.0]", "seed=-1", "masks.lr=0"])
+def test_values_out_of_range_are_named(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    with pytest.raises(UserError, match=change.split("=")[0]):
+        PruneRecipe.load(path, [change])
 
 
 def test_the_example_in_the_shipped_recipe_is_a_recipe() -> None:
