@@ -20,10 +20,14 @@ from drama.errors import exit_on_user_error
 from drama.prune.recipe import PruneRecipe
 
 
-@click.command(help=help_text(__doc__))
+@click.command(help=help_text(__doc__), context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--recipe", "path", type=click.Path(path_type=Path), required=True)
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="For example train.lr=3e-4."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="For example train.lr=3e-4; several times.",
 )
 @click.option("--local_rank", type=int, default=0, hidden=True, help="passed by the launcher")
 def main(path: Path, overrides: tuple[str, ...], local_rank: int) -> None:

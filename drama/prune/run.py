@@ -134,7 +134,7 @@ def prune(
         vocabulary = plan_vocabulary(
             tokenizer, vocab_from, keep, rows=rows, required=required, seed=seed
         )
-        if limit is None:
+        if limit is None or dry_run:
             _show_vocabulary(vocabulary.report, tried[0], tied)
     report = PruneReport(
         source,
@@ -222,10 +222,13 @@ def _check_task(
             "nothing to cut: give a shape (--to, such as 0.1b) or a budget (--budget, such as "
             "60M), or --vocab-from and --keep"
         )
-    if shaped != (calibration is not None):
+    if shaped and calibration is None:
         name = "--to" if budget is None else "--budget"
-        have, lack = (name, "--calibration") if shaped else ("--calibration", "--to or --budget")
-        raise UserError(f"{have} without {lack}: a shape is cut by a text; give both or neither")
+        raise UserError(f"{name} without --calibration: a shape is cut by a text; give one")
+    if calibration is not None and not shaped:
+        raise UserError(
+            "--calibration without --to or --budget: give a shape or a budget for the text to cut"
+        )
     if bool(vocab_from) != (keep is not None):
         have, lack = ("--vocab-from", "--keep") if vocab_from else ("--keep", "--vocab-from")
         raise UserError(

