@@ -9,14 +9,16 @@ import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from drama.console import console
 from drama.distributed import Ranks
 from drama.files import replacing
+from drama.settings import Settings
 
+AnySettings = TypeVar("AnySettings", bound=Settings)
 # dense bf16 peak in FLOP/s, from the vendors' data sheets, by a part of the device's name
 GPU_PEAK_FLOPS = {
     "B200": 2250e12,
@@ -64,6 +66,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.15)
         if device.type == "cuda":
             torch.cuda.synchronize()
     return 2 * size**3 * count / (time.perf_counter() - start)
+
+
+def with_precision(recipe: AnySettings, ranks: Ranks) -> tuple[AnySettings, AnySettings | None]:
+    """A recipe with its precision settled, as in the run that goes on or by what multiplies faster;
+    and the recipe stored in that run, if there is one. A collective."""
+    path = recipe.output / "recipe.yaml"
+    stored = type(recipe).load(path) if path.is_file() else None
+    asked: Any = recipe
+    precision = asked.train.precision
+    if precision == "auto":
+        earlier: Any = stored
+        precision = earlier.train.precision if earlier else faster_precision(ranks)
+    return recipe.with_values(train__precision=precision), stored
 
 
 def faster_precision(ranks: Ranks) -> str:

@@ -32,7 +32,7 @@ from drama.files import recovered, replacing
 from drama.gradcache import GradCache, StepOutput
 from drama.hf import model_sha256
 from drama.loss import ContrastiveLoss
-from drama.metrics import faster_precision, peak_flops
+from drama.metrics import peak_flops, with_precision
 from drama.optimizer import Pace, start_engine
 from drama.recipe import EvalRecipe, Recipe, StepRecipe
 from drama.settings import check_same_run
@@ -107,22 +107,15 @@ class Trainer:
 
     def _settle(self, recipe: Recipe) -> Recipe:
         """Fill in what depends on the machine, or take it from the run that goes on."""
-        stored = recipe.output / "recipe.yaml"
-        precision: str = recipe.train.precision
-        if precision == "auto":
-            if stored.is_file():
-                precision = Recipe.load(stored).train.precision
-            else:
-                precision = faster_precision(self.ranks)
-        settled = recipe.with_values(train__precision=precision)
-        if stored.is_file():
+        settled, stored = with_precision(recipe, self.ranks)
+        if stored is not None:
             free = dict(_FREE_KEYS)
             if settled.train.schedule in (
                 "wsd",
                 "constant",
             ):  # the others look at the end all along
                 free["train"] = free["train"] | {"steps", "epochs"}
-            check_same_run(Recipe.load(stored), settled, free)
+            check_same_run(stored, settled, free)
         return settled
 
     def _load_encoder(self) -> Encoder:

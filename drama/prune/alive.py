@@ -190,6 +190,10 @@ class Alive:
     Each scale is a leaf whose gradient the passes of a step add up; `backward` hands the sums on to
     the masks' parameters.
 
+    hidden, norm, support: indices [K] of the living hidden channels, their scales, and 1 where one
+    lives and 0 where it only fills up; None is all of them, no scale, no filling. layers: the same
+    of every layer.
+
     multiple: the numbers of living hidden and FFN channels are filled up to multiples of this with
     closed ones, since the tensor cores of a GPU want widths of 64; they change no result.
     """
@@ -199,9 +203,8 @@ class Alive:
         self.gates = gates
         self._pairs: list[tuple[Tensor, Tensor]] = []
         on_cpu = {kind: kept.cpu() for kind, kept in gates.kept.items()}
-        device = next(iter(gates.z.values())).device if gates.z else torch.device("cpu")
-        self._device = device
         z = gates.z
+        self._device = next((x.device for x in z.values()), torch.device("cpu"))
         self.hidden: Tensor | None = None
         self.norm: Tensor | None = None
         self.support: Tensor | None = None

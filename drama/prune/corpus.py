@@ -18,9 +18,9 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 
 from drama.console import progress
-from drama.data.lines import decode_line, open_raw, parse_object, read_raw_lines
+from drama.data.lines import decode_line, open_raw, read_raw_lines
 from drama.errors import UserError
-from drama.prune.text import sha256_of
+from drama.prune.text import holds_json_lines, sha256_of, text_of
 
 TEXT_CHARACTERS = 4096
 BATCH_CHARACTERS = 2**18
@@ -44,10 +44,10 @@ class Corpus:
 def count_tokens(paths: Sequence[str | Path], tokenizer: Any, *, seed: int = 0) -> Corpus:
     """Count a fast tokenizer's tokens in text files, in one pass.
 
-    A file is UTF-8, plain or .gz or .xz: .jsonl with the text in the field `text`, or else plain
-    text, read in paragraphs. Both come in pieces of at most `TEXT_CHARACTERS`, cut before white
-    space. One in `HELD_OUT_EVERY` is held out, and of these `HELD_OUT_TEXTS` at random are kept
-    as such. So memory is bounded by the longest line, whatever the corpus' size.
+    A file is UTF-8, plain or packed: JSON lines by its name, read as `text.documents` does, or
+    else plain text, read in paragraphs. Both come in pieces of at most `TEXT_CHARACTERS`, cut
+    before white space. One in `HELD_OUT_EVERY` is held out, and of these `HELD_OUT_TEXTS` at random
+    are kept as such. So memory is bounded by the longest line, whatever the corpus' size.
 
     Raises:
         UserError: a file that is missing, no text, or damaged; fewer than two pieces in all.
@@ -124,20 +124,14 @@ def _batches(paths: Sequence[str | Path], held_out: _HeldOut, bar: Progress) -> 
 
 
 def _texts(path: Path, raw: IO[bytes]) -> Iterator[str]:
-    documents = _json_texts(path, raw) if ".jsonl" in path.suffixes else _paragraphs(path, raw)
+    documents = _json_texts(path, raw) if holds_json_lines(path) else _paragraphs(path, raw)
     for document in documents:
         yield from _pieces(document)
 
 
 def _json_texts(path: Path, raw: IO[bytes]) -> Iterator[str]:
     for number, line in read_raw_lines(path, raw):
-        try:
-            text = parse_object(line).get("text")
-        except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-        if not isinstance(text, str):
-            raise UserError(f"{path}:{number}: no string in the field 'text'; name the text so")
-        if text.strip():
+        if line.strip() and (text := text_of(path, number, line)).strip():
             yield text
 
 

@@ -22,16 +22,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from drama import checkpoint
 from drama.console import console, progress
 from drama.distributed import Ranks
 from drama.errors import UserError
 from drama.hf import build_lm, model_sha256
-from drama.metrics import Stopwatch, faster_precision
-from drama.optimizer import Pace, learning_rate_factor, start_engine, step_engine
+from drama.metrics import Stopwatch, with_precision
+from drama.optimizer import Pace, start_engine, step_engine
 from drama.prune.alive import Alive, fold, install, make_maskable
+from drama.prune.closing import Closing
 from drama.prune.domains import DomainWeights
 from drama.prune.lm import LanguageModel
 from drama.prune.masks import Gates, Masks
@@ -46,7 +46,6 @@ from drama.settings import check_same_run
 
 MASK_FILE = "masks.safetensors"
 CHECKPOINT_BYTES = 16  # of a weight: itself, its float32 master, two moments
-ADAM_BETAS = (0.9, 0.95)
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
     "train": {"save_every", "keep_last", "rows_per_pass", "recompute_blocks"},
@@ -64,7 +63,10 @@ class Pruner:
     def __init__(self, recipe: PruneRecipe, ranks: Ranks) -> None:
         self.ranks, self.device = ranks, ranks.device
         recipe.rows_of_rank(ranks.world_size)
-        self.recipe = recipe = self._settle(recipe)
+        self.recipe, stored = with_precision(recipe, ranks)
+        recipe = self.recipe
+        if stored is not None:
+            check_same_run(stored, recipe, _FREE_KEYS)
         self.where = find_llm(recipe.model.path)
         self.config = read_config(self.where)
         self.source = Shape.of(self.config)
@@ -103,25 +105,12 @@ class Pruner:
             output=recipe.output,
             ranks=ranks,
         )
-        self.mask_optimizers = self._mask_optimizers()
+        self.closing = Closing(self.masks, recipe.masks, recipe.train.steps)
         self.domains: DomainWeights
         # a GPU's tensor cores want widths of 64; on a CPU every channel left out is saved
         self.multiple = 64 if self.device.type == "cuda" else 1
 
     # -- building -----------------------------------------------------------------------------
-
-    def _settle(self, recipe: PruneRecipe) -> PruneRecipe:
-        """Fill in what depends on the machine, or take it from the run that goes on."""
-        stored = recipe.output / "recipe.yaml"
-        precision: str = recipe.train.precision
-        if precision == "auto":
-            known = stored.is_file()
-            precision = PruneRecipe.load(stored).train.precision if known else ""
-            precision = precision or faster_precision(self.ranks)
-        settled = recipe.with_values(train__precision=precision)
-        if stored.is_file():
-            check_same_run(PruneRecipe.load(stored), settled, _FREE_KEYS)
-        return settled
 
     def _open_text(self) -> TextStream:
         data, train = self.recipe.data, self.recipe.train
@@ -168,17 +157,6 @@ class Pruner:
         path = self.where.path
         return sha256_of(path) if self.where.gguf else model_sha256(path)
 
-    def _mask_optimizers(self) -> list[torch.optim.AdamW]:
-        """AdamW of the masks, which descend, and of the multipliers, which ascend."""
-        masks = self.recipe.masks
-        options: dict[str, Any] = {"betas": ADAM_BETAS, "weight_decay": 0.0}
-        return [
-            torch.optim.AdamW(list(self.masks.log_alpha.values()), lr=masks.lr, **options),
-            torch.optim.AdamW(
-                self.masks.multipliers, lr=masks.multiplier_lr, maximize=True, **options
-            ),
-        ]
-
     # -- one step -----------------------------------------------------------------------------
 
     def step(self, step: int) -> StepOutput:
@@ -211,7 +189,7 @@ class Pruner:
             dist.all_reduce(sums_K)
             dist.all_reduce(gradients)
             gradients /= self.ranks.world_size
-        penalty = self._step_masks(step, alive, gradients)
+        penalty = self.closing.step(step, alive, gradients)
         watch.lap("masks")
         counts = torch.bincount(domain_R, minlength=len(names)).tolist()
         losses_of = dict(zip(names, sums_K.tolist(), strict=True))
@@ -226,28 +204,6 @@ class Pruner:
             rows=dict(zip(names, counts, strict=True)),
             seconds=watch.seconds,
         )
-
-    def _step_masks(self, step: int, alive: Alive, gradients: Tensor) -> float:
-        recipe = self.recipe
-        ramp = self.ramp(step)
-        pace = Pace.of(recipe.masks, recipe.train.steps)
-        factor = learning_rate_factor(step, train=recipe.masks, pace=pace)
-        for optimizer, rate in zip(
-            self.mask_optimizers, (recipe.masks.lr, recipe.masks.multiplier_lr), strict=True
-        ):
-            optimizer.param_groups[0]["lr"] = rate * factor
-            optimizer.zero_grad()
-        penalty = self.masks.penalty(ramp)
-        alive.backward(gradients, penalty)
-        for optimizer in self.mask_optimizers:
-            optimizer.step()
-        self.masks.clamp()
-        return penalty.item()
-
-    def ramp(self, step: int) -> float:
-        """How far the target is, 0 to 1: it rises linearly over the first part of the steps."""
-        length = self.recipe.masks.ramp_ratio * self.recipe.train.steps
-        return min(1.0, (step + 1) / length) if length else 1.0
 
     @torch.no_grad()
     def evaluate(self, gates: Gates) -> dict[str, float]:
@@ -292,7 +248,7 @@ class Pruner:
                     step,
                     found,
                     self.domains,
-                    ramp=self.ramp(step),
+                    ramp=self.closing.ramp(step),
                     lr=rate,
                     seconds=seconds,
                     evaluation=self.evaluate(self.masks.final()) if due else None,
@@ -318,7 +274,7 @@ class Pruner:
         self.domains = DomainWeights(names, extra["domains"]["reference"], **options)
         self.domains.load(extra["domains"])
         self.text.drawn = extra["drawn"]
-        self._load_masks(load_file(found[-1] / "model" / MASK_FILE))
+        self.closing.load(load_file(found[-1] / "model" / MASK_FILE))
         return step
 
     def _text_sha256(self) -> str:
@@ -340,25 +296,7 @@ class Pruner:
     def _write_masks(self, folder: Path) -> None:
         if self.ranks.is_main:
             folder.mkdir(parents=True)
-            save_file(self._mask_state(), folder / MASK_FILE)
-
-    def _mask_state(self) -> dict[str, Tensor]:
-        state = self.masks.state()
-        for i, optimizer in enumerate(self.mask_optimizers):
-            for number, moments in optimizer.state_dict()["state"].items():
-                for name, x in moments.items():
-                    state[f"optimizer.{i}.{number}.{name}"] = x.detach().cpu().clone()
-        return state
-
-    def _load_masks(self, state: dict[str, Tensor]) -> None:
-        self.masks.load(state)
-        for i, optimizer in enumerate(self.mask_optimizers):
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, x in state.items():
-                kind, *place = key.split(".")
-                if kind == "optimizer" and int(place[0]) == i:
-                    moments.setdefault(int(place[1]), {})[place[2]] = x
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+            save_file(self.closing.state(), folder / MASK_FILE)
 
     def _export(self) -> Path:
         """Fold the masks of the target shape into the weights, cut, and write RUN/model."""
@@ -367,10 +305,7 @@ class Pruner:
         after = self.evaluate(gates)
         weights = checkpoint.full_state_dict(self.engine, self.model.lm)
         if self.ranks.is_main:
-            on_cpu = Gates(
-                *({k: x.cpu() for k, x in part.items()} for part in (gates.z, gates.kept))
-            )
-            alive = Alive(on_cpu, self.source)
+            alive = Alive(gates.to(torch.device("cpu")), self.source)
             whole = build_lm(self.config, weights)
             whole.generation_config = self.model.lm.generation_config
             fold(whole, alive)

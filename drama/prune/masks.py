@@ -38,7 +38,6 @@ INITIAL_MEAN, INITIAL_STD = 5.0, 0.01  # nearly everything is kept at first
 # P(z > 0) is then 2e-4 to 1 - 2e-4: a unit can come back, and a target of one half is within reach
 # of half the units on either side, which it is not at LLM-Shearing's log(100)
 LOG_ALPHA_LIMIT = 7.0
-KINDS = ("layer", "hidden", "kv_group", "query_head", "ffn")
 
 
 def draw(log_alpha: Tensor, uniform: Tensor) -> Tensor:
@@ -80,6 +79,9 @@ class Masks:
 
     Only kinds of which `target` has fewer than `source` have a mask. They live outside the engine:
     a few ten thousand numbers need no partition, and stay exact whatever the weights' precision.
+
+    By kind: log_alpha, shaped as in `Gates`; linear and quadratic, the multipliers lambda and phi,
+    [C]; counts, how many units of a row stay.
     """
 
     def __init__(self, source: Shape, target: Shape, *, seed: int, device: torch.device) -> None:

@@ -38,10 +38,10 @@ def documents(path: str | Path) -> Iterator[str]:
     Raises:
         UserError: unreadable, or a JSON line without `text`; the message names file and line.
     """
-    if {".jsonl", ".ndjson"} & set(Path(path).suffixes):
+    if holds_json_lines(path):
         for number, line in read_lines(path):
             if line.strip():
-                yield _text_of(path, number, line)
+                yield text_of(path, number, line).strip()
         return
     lines: list[str] = []
     size = 0
@@ -56,7 +56,17 @@ def documents(path: str | Path) -> Iterator[str]:
         yield "\n".join(lines).strip()
 
 
-def _text_of(path: str | Path, number: int, line: str) -> str:
+def holds_json_lines(path: str | Path) -> bool:
+    """Whether a file's name says that each of its lines is a JSON object."""
+    return bool({".jsonl", ".ndjson"} & set(Path(path).suffixes))
+
+
+def text_of(path: str | Path, number: int, line: str | bytes) -> str:
+    """The document in one line of JSON, its title before the text.
+
+    Raises:
+        UserError: no JSON object, or without `text`; the message names file and line.
+    """
     try:
         row = parse_object(line)
     except UserError as error:
@@ -64,7 +74,7 @@ def _text_of(path: str | Path, number: int, line: str) -> str:
     text, title = row.get("text"), row.get("title") or ""
     if not isinstance(text, str) or not isinstance(title, str):
         raise UserError(f'{path}:{number}: no text; a line must be {{"text": "..."}}')
-    return f"{title}\n{text}".strip()
+    return f"{title}\n{text}" if title else text
 
 
 def sha256_of(path: str | Path) -> str:

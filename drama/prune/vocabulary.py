@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from drama.errors import UserError
+from drama.hf import build_lm
 from drama.prune.merges import BytePairs
 from drama.prune.source import quiet
 
@@ -161,14 +162,10 @@ def cut_vocabulary(model: Any, kept: Sequence[int]) -> Any:
     state = model.state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = state[name].index_select(0, index_K)
-    with torch.device("meta"):
-        small = type(model)(config)
-    small.load_state_dict(state, strict=True, assign=True)
-    small.tie_weights()
-    # its buffers are not part of a state dict, so they would stay on the meta device
-    small.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    small = build_lm(config, state)
+    small.model.rotary_emb.to(model.device)
     small.generation_config = _renumbered(model.generation_config, new)
-    return small.eval()
+    return small
 
 
 def _named_ids(config: Any) -> list[tuple[str, list[int]]]:

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.table import Table
 
 from drama.console import progress
 from drama.errors import UserError
 from drama.prune.corpus import count_tokens
-from drama.prune.loss import inference
+from drama.prune.loss import inference, next_token_loss
 from drama.prune.merges import BytePairs
 from drama.prune.vocabulary import choose_tokens, cut_tokenizer, parse_size
 
@@ -143,8 +142,8 @@ def bits_per_byte(
         task = bar.add_task("bits per byte", total=len(texts), note="texts")
         for ids in _encode(tokenizer, texts):
             ids_N = torch.tensor([start, *ids], device=model.device)
-            logits_NV = model(ids_N[None, :-1], use_cache=False).logits[0]
-            nats += F.cross_entropy(logits_NV.float(), ids_N[1:], reduction="sum").item()
+            logits_NV = model(ids_N[None], use_cache=False).logits[0]
+            nats += next_token_loss(logits_NV, ids_N).item()
             bar.update(task, advance=1)
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 

@@ -153,6 +153,11 @@ def test_the_exported_model_is_the_masked_one(
     fold(exported, alive)
     exported = cut(exported, alive.plan())
     assert replace(Shape.of(model.config), **TARGET) == Shape.of(exported.config)
+    blocks = [  # the projections' weights, counted in both models
+        sum(x.numel() for name, x in m.model.layers.named_parameters() if "proj.weight" in name)
+        for m in (exported, model)
+    ]
+    assert alive.share() == pytest.approx(blocks[0] / blocks[1])
     make_maskable(model)
     install(model, alive)
     with torch.no_grad():
