@@ -43,11 +43,11 @@ from torch.autograd.function import once_differentiable
 from drama.kernels import infonce_plain, infonce_torch
 from drama.kernels.infonce_problem import Evaluation, Problem, owners
 from drama.kernels.infonce_reference import InfoNCEOutput, infonce_reference
+from drama.kernels.saved_gradients import saved_dtype, scaled
 
 Backend = Literal["auto", "triton", "torch", "plain", "reference"]
 BACKENDS = ("auto", "triton", "torch", "plain", "reference")
 PLAIN_ELEMENTS = 2**18  # up to so many logits the plain matrix is faster (benchmarks/kernels.csv)
-SCALED_AT_ONCE = 2**22  # elements of a gradient that are float32 at a time in the backward pass
 
 
 def infonce(
@@ -268,7 +268,7 @@ def _run(
         loss = weighted.sum()
     gradients = (done.dq_BD, done.dk_ND, done.dtemperature if trains_temperature else None)
     dq_BD, dk_ND, dtemperature = (
-        x.new_empty(0) if grad is None else grad.to(_saved_dtype(x))
+        x.new_empty(0) if grad is None else grad.to(saved_dtype(x))
         for grad, x in zip(gradients, (q_BD, k_ND, temperature), strict=True)
     )
     statistics = (loss_P, done.lse_PB, done.positive_score_PB, done.num_masked_B)
@@ -282,23 +282,6 @@ def _evaluate(problem: Problem, backend: str, *, with_gradient: bool) -> Evaluat
     infonce_triton = importlib.import_module("drama.kernels.infonce_triton")  # needs triton
     done: Evaluation = infonce_triton.evaluate(problem, with_gradient=with_gradient)
     return done
-
-
-def _saved_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
-
-
-def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * grad_loss in `dtype`, rounded once: a factor in fp16 may be infinite, in bf16
-    every entry would be off by its rounding."""
-    if gradient.dtype == grad_loss.dtype == dtype:
-        return gradient * grad_loss
-    out = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
-    piece = max(1, SCALED_AT_ONCE // max(1, gradient.shape[-1] if gradient.ndim else 1))
-    flat, flat_out = torch.atleast_1d(gradient), torch.atleast_1d(out)
-    for at in range(0, len(flat), piece):
-        flat_out[at : at + piece] = flat[at : at + piece].to(grad_loss.dtype) * grad_loss
-    return out
 
 
 class _Eager(torch.autograd.Function):
@@ -325,7 +308,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         needed = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])
         dq_BD, dk_ND, dtemperature = (
-            _scaled(g, grad_loss, dtype) if wanted else None
+            scaled(g, grad_loss, dtype) if wanted else None
             for g, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, needed, strict=True)
         )
         return dq_BD, dk_ND, None, dtemperature, None, None
@@ -394,7 +377,7 @@ def _(
     ]
     given = (with_gradient, with_gradient, with_gradient and trains_temperature)
     gradients = [
-        x.new_empty(x.shape if wanted else 0, dtype=_saved_dtype(x))
+        x.new_empty(x.shape if wanted else 0, dtype=saved_dtype(x))
         for x, wanted in zip((q_BD, k_ND, temperature), given, strict=True)
     ]
     return (*statistics, positive_B.new_empty(num_rows), *gradients)
