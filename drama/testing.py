@@ -110,6 +110,61 @@ def contrastive_batch(
     )
 
 
+class TokenBatch(NamedTuple):
+    """Last states of a student and a teacher, their projections, next tokens: `token_batch`'s."""
+
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    target_T: Tensor
+    teacher_hidden_TE: Tensor
+    teacher_weight_VE: Tensor
+
+    def teacher(self) -> dict[str, Tensor]:
+        """The teacher's part as keywords of `linear_loss`."""
+        return {
+            "teacher_hidden_TE": self.teacher_hidden_TE,
+            "teacher_weight_VE": self.teacher_weight_VE,
+        }
+
+
+def token_batch(
+    num_tokens: int,
+    vocabulary: int,
+    width: int,
+    teacher_width: int = 24,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> TokenBatch:
+    """Logits that differ by about 3; every other target is what its token likes best."""
+    generator = torch.Generator().manual_seed(seed)
+    states, projections = [], []
+    for columns in (width, teacher_width):
+        states.append(torch.randn(num_tokens, columns, generator=generator))
+        projections.append(torch.randn(vocabulary, columns, generator=generator) * 3 / columns**0.5)
+    target_T = torch.randint(vocabulary, (num_tokens,), generator=generator)
+    target_T[::2] = (states[0][::2] @ projections[0].T).argmax(1)
+    hidden_TD, teacher_hidden_TE = (x.to(device, dtype) for x in states)
+    weight_VD, teacher_weight_VE = (x.to(device, dtype) for x in projections)
+    return TokenBatch(
+        hidden_TD, weight_VD, target_T.to(device), teacher_hidden_TE, teacher_weight_VE
+    )
+
+
+def token_gradients(
+    function: Callable[..., Any], batch: TokenBatch, dtype: torch.dtype, **options: Any
+) -> tuple[Tensor, ...]:
+    """Loss of a `linear_loss`-like function with the batch in `dtype`, its gradients of hidden and
+    weight, then ce_T and kl_T; a teacher is part of it where `kl_weight` is among the options."""
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (batch.hidden_TD, batch.weight_VD)]
+    if "kl_weight" in options:
+        options |= {name: x.to(dtype) for name, x in batch.teacher().items()}
+    loss, ce_T, kl_T = function(*inputs, batch.target_T, **options)
+    losses = (ce_T,) if kl_T is None else (ce_T, kl_T)
+    return loss.detach(), *torch.autograd.grad(loss, inputs), *losses
+
+
 class PackedStates(NamedTuple):
     """Token states and a gradient to pool them with: what `packed_states` makes."""
 
