@@ -22,11 +22,11 @@ from torch import Tensor
 
 from drama.console import progress
 from drama.data.lines import open_raw, parse_object, read_lines
+from drama.data.plain import decode_plain, read_plain
 from drama.errors import UserError
 from drama.files import recovered, replacing
 
 DOCUMENTS_AT_ONCE = 512
-LONGEST_DOCUMENT = 2**20  # characters of a plain text without blank lines
 
 
 def documents(path: str | Path) -> Iterator[str]:
@@ -43,17 +43,11 @@ def documents(path: str | Path) -> Iterator[str]:
             if line.strip():
                 yield text_of(path, number, line).strip()
         return
-    lines: list[str] = []
-    size = 0
-    for _, line in read_lines(path):
-        if line.strip():
-            lines.append(line)
-            size += len(line)
-        if lines and (not line.strip() or size > LONGEST_DOCUMENT):
-            yield "\n".join(lines).strip()
-            lines, size = [], 0
-    if lines:
-        yield "\n".join(lines).strip()
+    for number, document in read_plain(path):
+        try:
+            yield decode_plain(document)
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
 
 
 def holds_json_lines(path: str | Path) -> bool:

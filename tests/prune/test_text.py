@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from drama.data import plain as plain_text
 from drama.errors import UserError
-from drama.prune import text
 from drama.prune.text import Domain, TextStream, documents, find_texts, open_domain, tokenise
 from drama.testing import byte_tokenizer
 
@@ -25,7 +25,7 @@ def test_paragraphs_and_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     code = tmp_path / "code.txt"  # JSON is told by the name: a text may begin with a brace
     code.write_text("{ x }\n\n}")
     assert list(documents(code)) == ["{ x }", "}"]
-    monkeypatch.setattr(text, "LONGEST_DOCUMENT", 5)
+    monkeypatch.setattr(plain_text, "LONGEST_DOCUMENT", 5)
     code.write_text("abc\ndef\nghi\njkl\nm")  # no blank line to its end
     assert list(documents(code)) == ["abc\ndef", "ghi\njkl", "m"]
     rows = [{"text": "ä {b}"}, {"title": "T", "text": "t\n\nu"}, {"title": None, "text": "v"}]
