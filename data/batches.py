@@ -6,34 +6,21 @@ B queries, M hard negatives, N documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
 
 from drama.data.draws import draw_documents
-from drama.data.manifest import DAMAGED
 from drama.data.packing import Row, TokenRows
+from drama.data.reading import BadRecord, Order, RankDataset
 from drama.data.records import Record, content_id, document_hash64, query_hash64
 from drama.data.stream import ShardSet
 from drama.data.tokens import TokenRecords
-from drama.errors import UserError
-from drama.tokenizer import TextEncoder, tokenizer_sha256
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """A record that was left out of a batch: its number, a short reason, the whole message."""
-
-    index: int
-    reason: str
-    message: str
+from drama.tokenizer import TextEncoder
 
 
 @dataclass
@@ -70,28 +57,11 @@ class RankBatch:
         return int(self.rows.lengths.sum())
 
 
-class Order(Protocol):
-    """Which records a step takes: a function of the step alone, whatever the world size."""
+class RankBatches(RankDataset[RankBatch]):
+    """Queries and documents of an endless run, for one rank; see `RankDataset`.
 
-    batches_per_epoch: int
-
-    def rank_records(
-        self, step: int, rank: int, world_size: int
-    ) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-class RankBatches(Dataset[RankBatch]):
-    """Batch `i` of an endless run, for one rank: a pure function of (seed, i).
-
-    A map-style dataset, so a DataLoader over `range(start, stop)` reads, tokenises and resumes with
-    any number of workers and gives the same batches. One positive and up to `hard_negatives`
-    negatives are drawn per query and epoch; a record with fewer negatives gives fewer columns.
-
-    Token ids that the shards hold are used if they are what tokenising would give; `no_tokens` says
-    why they are not.
-
-    Args:
-        on_bad: a damaged record ends the run, or is left out and reported in the batch.
+    One positive and up to `hard_negatives` negatives are drawn per query and epoch; a record with
+    fewer negatives gives fewer columns.
     """
 
     def __init__(
@@ -108,24 +78,26 @@ class RankBatches(Dataset[RankBatch]):
         max_document_tokens: int,
         on_bad: Literal["stop", "skip"] = "stop",
     ) -> None:
-        self.shards, self.order, self.tokenize = shards, order, tokenize
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.hard_negatives, self.on_bad = hard_negatives, on_bad
+        super().__init__(
+            shards,
+            order,
+            tokenize,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            max_tokens=max(max_query_tokens, max_document_tokens),
+            on_bad=on_bad,
+        )
+        self.hard_negatives = hard_negatives
         self.max_query_tokens, self.max_document_tokens = max_query_tokens, max_document_tokens
-        self.no_tokens = self._no_tokens()
 
     def __getitem__(self, step: int) -> RankBatch:
-        indices, epochs = self.order.rank_records(step, self.rank, self.world_size)
-        if self.shards.is_remote:
-            info = get_worker_info()
-            after = step + (info.num_workers if info else 1)
-            self.shards.prefetch(self.order.rank_records(after, self.rank, self.world_size)[0])
         if self.no_tokens:
-            records, kept, bad = self._read(self.shards.read, indices)
-            batch = self.of_records(records, indices[kept], epochs[kept])
+            records, indices, epochs, bad = self._read(step, self.shards.read)
+            batch = self.of_records(records, indices, epochs)
         else:
-            members, kept, bad = self._read(self.shards.read_token_member, indices)
-            batch = self._of_tokens(TokenRecords(members), indices[kept], epochs[kept])
+            members, indices, epochs, bad = self._read(step, self.shards.read_token_member)
+            batch = self._of_tokens(TokenRecords(members), indices, epochs)
         batch.bad = bad
         return batch
 
@@ -201,40 +173,3 @@ class RankBatches(Dataset[RankBatch]):
             negatives_of=torch.from_numpy(drawn.owner_M),
             scores=torch.from_numpy(scores),
         )
-
-    def _read(
-        self, read: Callable[[int], T], indices: np.ndarray
-    ) -> tuple[list[T], list[int], list[BadRecord]]:
-        """What was read, the places of these among `indices`, and the others."""
-        found: list[T] = []
-        kept: list[int] = []
-        bad: list[BadRecord] = []
-        for place, index in enumerate(indices.tolist()):
-            try:
-                found.append(read(index))
-                kept.append(place)
-            except UserError as error:
-                # a server that is away or a full disk would else empty the batches
-                if self.on_bad == "stop" or error.reason != DAMAGED:
-                    raise
-                bad.append(BadRecord(index, error.reason, str(error)))
-        if not found:
-            raise UserError(f"every record of a batch is bad, the last one: {bad[-1].message}")
-        return found, kept, bad
-
-    def _no_tokens(self) -> str:
-        tokens = self.shards.tokens
-        if tokens is None:
-            if any(manifest.tokens for manifest in self.shards.manifests):
-                return "the folders of shards do not all hold token ids made in one way"
-            return "the shards hold no token ids"
-        if tokens.tokenizer_sha256 != tokenizer_sha256(self.tokenize.tokenizer):
-            return "the shards hold token ids of another tokenizer"
-        if (tokens.query_prefix, tokens.document_prefix) != (
-            self.tokenize.query_prefix,
-            self.tokenize.document_prefix,
-        ):
-            return "the shards' token ids were made with other prefixes"
-        if tokens.max_tokens < max(self.max_query_tokens, self.max_document_tokens):
-            return f"the shards' token ids were cut at {tokens.max_tokens}"
-        return ""

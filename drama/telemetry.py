@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from rich.progress import Progress, TaskID
 
-from drama.data.batches import Order, RankBatch
+from drama.data.batches import RankBatch
 from drama.data.manifest import DAMAGED
 from drama.data.mixture import Mixture
+from drama.data.reading import Order
 from drama.distributed import Ranks
 from drama.gradcache import StepOutput
 from drama.metrics import MetricsFile, forward_flops, peak_memory_mib
