@@ -20,6 +20,15 @@ def is_beir(folder: str | Path) -> bool:
     return _find(Path(folder), "corpus.jsonl") is not None
 
 
+def corpus_file(folder: str | Path) -> Path:
+    """Where the documents of a BEIR folder stand.
+
+    Raises:
+        UserError: no corpus.
+    """
+    return _require(Path(folder), "corpus.jsonl")
+
+
 def read_corpus(folder: str | Path) -> Iterator[Document]:
     """Yield the documents of a BEIR folder in file order.
 
@@ -29,7 +38,7 @@ def read_corpus(folder: str | Path) -> Iterator[Document]:
         UserError: no corpus, or a line that is no document, or an id that came before.
     """
     seen: set[str] = set()
-    for where, value in read_objects(_require(Path(folder), "corpus.jsonl")):
+    for where, value in read_objects(corpus_file(folder)):
         id_ = _field(value, "_id", where)
         if id_ in seen:
             raise UserError(f"{where}: document '{id_}' stands in the corpus twice")

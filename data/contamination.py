@@ -1,4 +1,4 @@
-"""Keep evaluation out of training: records whose query or positive stands in a test set.
+"""Keep evaluation out of training: records whose query, positive or text stands in a test set.
 
 Texts are compared as their words only (NFKC, case folded, punctuation and spaces left out).
 """
@@ -52,7 +52,8 @@ class EvaluationSets:
             self._add(Path(folder), name)
 
     def found(self, record: Record) -> str | None:
-        """The name of the set that the record's query or a positive stands in."""
+        """The name of the set that the record's query or a positive stands in; of a text, whether
+        the set holds it as a document or as a query."""
         key = words_key(record.query)
         if key in self._queries:
             return self._queries[key]
@@ -60,6 +61,8 @@ class EvaluationSets:
             for key in _document_keys(document):
                 if key in self._documents:
                     return self._documents[key]
+                if record.is_text and key in self._queries:
+                    return self._queries[key]
         return None
 
     def _add(self, folder: Path, name: str) -> None:

@@ -6,6 +6,7 @@ FlagEmbedding           query, pos, neg (pos_scores, neg_scores, prompt)
 sentence-transformers   anchor, positive, negative, negative_1, ...
 DPR                     question, positive_ctxs, hard_negative_ctxs, negative_ctxs
 NVIDIA inline           query, pos_doc, neg_doc
+texts                   text, and none of the above: a document without a query
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ from collections.abc import Callable
 from typing import Any
 
 from drama.data.records import Document
-from drama.errors import UserError
+from drama.errors import UserError, nearest
 
 Row = dict[str, Any]
 KEPT = ("query_id", "prompt", "lang")  # of whatever layout, where a row has them
+TEXTS = "texts"
 
 
-def layout_of(row: Row) -> str:
-    """The name of a row's layout.
+def layout_of(row: Row, text_column: str | None = None) -> str:
+    """The name of a row's layout; with `text_column` every row is a text, which stands there.
 
     Raises:
         UserError: no layout has these keys.
     """
+    if text_column is not None:
+        _column(row, text_column)
+        return TEXTS
     for name, (keys, _) in LAYOUTS.items():
         if all(key in row for key in keys):
             return name
@@ -34,14 +39,18 @@ def layout_of(row: Row) -> str:
     raise UserError(f"unknown layout with the keys {', '.join(row)}; known layouts have: {known}")
 
 
-def convert(layout: str, row: Row) -> Row:
+def convert(layout: str, row: Row, text_column: str | None = None) -> Row:
     """The row in our own JSON form, not yet checked.
 
     Raises:
         UserError: a key of the layout is missing or of the wrong type.
     """
+    if text_column is not None:
+        return _text(row, text_column)
+    if layout == TEXTS and {"query", "positives"} <= set(row):
+        layout = "records"  # `drama convert` may have written both into one file
     record = LAYOUTS[layout][1](row)
-    for key in KEPT:
+    for key in KEPT if layout != TEXTS else ():
         if key not in record and isinstance(row.get(key), str):
             record[key] = row[key]
     return record
@@ -138,6 +147,30 @@ def _inline(row: Row) -> Row:
     }
 
 
+def _text(row: Row, column: str) -> Row:
+    """Of the other columns (url, timestamp, ...) only these are a document's."""
+    text: Row = {"text": _column(row, column)}
+    for key in ("id", "_id", "docid"):
+        if row.get(key) is not None and key != column:
+            text["id"] = str(row[key])
+            break
+    if row.get("title") is not None and column != "title":
+        text["title"] = row["title"]
+    for key in ("source", "lang"):
+        if isinstance(row.get(key), str) and key != column:
+            text[key] = row[key]
+    return text
+
+
+def _column(row: Row, column: str) -> Any:
+    if column not in row:
+        raise UserError(
+            f"no column '{column}' for the text{nearest(column, row)}; the row has: "
+            f"{', '.join(row)}"
+        )
+    return row[column]
+
+
 LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Row], Row]]] = {
     "records": (("query", "positives"), _own),
     "Tevatron": (("query", "positive_passages"), _tevatron),
@@ -145,6 +178,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Row], Row]]] = {
     "sentence-transformers": (("anchor", "positive"), _columns),
     "DPR": (("question", "positive_ctxs"), _dpr),
     "NVIDIA inline": (("query", "pos_doc"), _inline),
+    TEXTS: (("text",), lambda row: _text(row, "text")),  # the last one: pairs may have such a key
 }
 
 

@@ -9,11 +9,13 @@
      "duplicate_queries": null | {"exact": records, "near": records},
      "manifest_sha256": of all the rest, as JSON with sorted keys and without spaces}
 
-A shard holds records of one source and one language. A text of n characters is counted under the
-smallest power of two that is at least n. The index of `NAME-000000.tar` is `NAME-000000.idx`, for M
-members: M + 1 little-endian uint64 byte offsets, of each member's header and of the end of the last
-one, then M uint32 CRC-32 of the members' bytes, then the tar's SHA-256: a reader knows by it that
-index and manifest belong together, without reading all of it.
+A shard holds records of one source and one language. Every record with a query is counted in
+`query_chars`, the others are texts without one; of these, `duplicate_queries` counts the texts. A
+text of n characters is counted under the smallest power of two that is at least n. The index of
+`NAME-000000.tar` is `NAME-000000.idx`, for M members: M + 1 little-endian uint64 byte offsets, of
+each member's header and of the end of the last one, then M uint32 CRC-32 of the members' bytes,
+then the tar's SHA-256: a reader knows by it that index and manifest belong together, without
+reading all of it.
 """
 
 from __future__ import annotations
@@ -89,6 +91,18 @@ class Manifest:
     def num_records(self) -> int:
         """Records in all shards."""
         return sum(shard.records for shard in self.shards)
+
+    @property
+    def num_pairs(self) -> int:
+        """Records with a query; the others are texts."""
+        return sum(self.query_chars.values())
+
+    @property
+    def own_texts(self) -> str:
+        """What is looked at when records are searched for those that come twice."""
+        if self.num_pairs == self.num_records:
+            return "queries"
+        return "queries and texts" if self.num_pairs else "texts"
 
     @property
     def members(self) -> int:

@@ -28,7 +28,8 @@ def overview(folder: str, examples: int) -> Iterator[RenderableType]:
     yield _counts(manifest, "source")
     if set(manifest.counts("lang")) != {""}:
         yield _counts(manifest, "lang")
-    yield _histogram("queries by characters", manifest.query_chars)
+    if manifest.num_pairs:
+        yield _histogram("queries by characters", manifest.query_chars)
     yield _histogram("documents by characters", manifest.document_chars)
     for number in range(min(examples, len(shards))):
         index = number * len(shards) // min(examples, len(shards))
@@ -41,6 +42,8 @@ def _about(folder: str, manifest: Manifest) -> Text:
         f"{folder}: {manifest.num_records:,} records in {len(manifest.shards):,} shards, "
         f"{size / 2**20:,.1f} MiB"
     ]
+    if texts := manifest.num_records - manifest.num_pairs:
+        lines.append(f"texts without a query: {texts:,}")
     if manifest.tokens:
         tokens = manifest.tokens
         lines.append(
@@ -52,7 +55,7 @@ def _about(folder: str, manifest: Manifest) -> Text:
     if manifest.duplicate_queries:
         twice = manifest.duplicate_queries
         lines.append(
-            f"queries that come twice: {twice.get('exact', 0):,} exactly, "
+            f"{manifest.own_texts} that come twice: {twice.get('exact', 0):,} exactly, "
             f"{twice.get('near', 0):,} nearly"
         )
     return Text("\n".join(lines))
@@ -86,11 +89,15 @@ def _bar(count: int, most: int) -> str:
 def _example(index: int, shards: ShardSet) -> Text:
     record = shards.read(index)
     lines = [f"record {index:,}"]
-    named = [("query", record.prompt + record.query)]
-    named += [("positive", document.full_text) for document in record.positives[:2]]
+    if record.is_text:
+        named = [("text", record.own_text)]
+    else:
+        named = [("query", record.prompt + record.query)]
+        named += [("positive", document.full_text) for document in record.positives[:2]]
     named += [("negative", document.full_text) for document in record.negatives[:2]]
     for name, text in named:
         lines.append(f"  {name:9}{json.dumps(text[:SHOWN_CHARS], ensure_ascii=False)}")
     if shards.tokens:
-        lines.append(f"  {'tokens':9}{shards.read_tokens(index).lengths.tolist()}")
+        lengths = shards.read_tokens(index).lengths[int(record.is_text) :]
+        lines.append(f"  {'tokens':9}{lengths.tolist()}")
     return Text("\n".join(lines))

@@ -1,10 +1,14 @@
-"""The training sample: a query, its positives, its hard negatives.
+"""The training sample: a query, its positives, its hard negatives. Or a text without a query.
 
 JSON form (unknown keys are errors, so that a misspelt `negative` cannot vanish):
 
     {"query": str, "positives": [doc, ...], "negatives": [doc, ...],
      "query_id"?: str, "prompt"?: str, "source"?: str, "lang"?: str, "scores"?: {doc_id: float}}
     doc = {"id"?: str, "title"?: str, "text": str}
+
+or, for the training of language models, a text:
+
+    {"text": str, "id"?: str, "title"?: str, "source"?: str, "lang"?: str}
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from drama.errors import UserError, nearest
 
 RECORD_KEYS = ("query", "positives", "negatives", "query_id", "prompt", "source", "lang", "scores")
 DOCUMENT_KEYS = ("id", "title", "text")
+TEXT_KEYS = (*DOCUMENT_KEYS, "source", "lang")
 MAX_SCORE = 1e300
 MAX_CHARS = 2**24  # of one text; more is a file that was taken for a text
 
@@ -84,7 +89,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One training sample.
+    """One training sample; a text is one with an empty query and its document as the only positive.
 
     `prompt` stands before the query in place of the model's query prefix. `scores` maps document
     ids to a teacher's relevance scores.
@@ -99,9 +104,22 @@ class Record:
     lang: str = ""
     scores: dict[str, float] | None = None
 
+    @property
+    def is_text(self) -> bool:
+        """Whether this is a text without a query."""
+        return not self.query
+
+    @property
+    def own_text(self) -> str:
+        """What tells the record from others: its query, or the text that it is."""
+        return self.query or self.positives[0].full_text
+
     @classmethod
     def trusted(cls, value: dict[str, Any]) -> Record:
         """Build one from what `to_json` gave, unchecked: its bytes are known to be unchanged."""
+        if "text" in value:
+            document = Document(**{key: value.pop(key) for key in DOCUMENT_KEYS if key in value})
+            return cls("", (document,), **value)
         value["positives"] = tuple([Document(**item) for item in value["positives"]])
         value["negatives"] = tuple([Document(**item) for item in value["negatives"]])
         return cls(**value)
@@ -113,6 +131,11 @@ class Record:
         Raises:
             UserError: names the key at fault and the fault; the caller adds file and line.
         """
+        if isinstance(value, dict) and "text" in value and not {"query", "positives"} & set(value):
+            _check_keys(value, TEXT_KEYS, "record")
+            own = {key: value[key] for key in DOCUMENT_KEYS if key in value}
+            document = Document.from_json(own, "record")
+            return cls("", (document,), source=_text(value, "source"), lang=_text(value, "lang"))
         _check_keys(value, RECORD_KEYS, "record")
         for key in ("query", "positives"):
             if key not in value:
@@ -144,11 +167,16 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object; `from_json` gives the same record back."""
-        value: dict[str, Any] = {
-            "query": self.query,
-            "positives": [document.to_json() for document in self.positives],
-            "negatives": [document.to_json() for document in self.negatives],
-        }
+        value: dict[str, Any]
+        if self.is_text:
+            (document,) = self.positives  # nothing else of a text would be written
+            value = {**document.to_json()}
+        else:
+            value = {
+                "query": self.query,
+                "positives": [document.to_json() for document in self.positives],
+                "negatives": [document.to_json() for document in self.negatives],
+            }
         for key in ("query_id", "prompt", "source", "lang"):
             if text := getattr(self, key):
                 value[key] = text

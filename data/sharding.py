@@ -24,20 +24,15 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
+from typing import Any
 
 from drama.console import console, progress
 from drama.data.contamination import EvaluationSets
-from drama.data.duplicates import Duplicates, count_duplicates, fingerprint, place
-from drama.data.lines import parse_json
+from drama.data.duplicates import Duplicates, OwnTexts, count_duplicates, fingerprint, place
 from drama.data.manifest import Manifest, TokenSettings
-from drama.data.members import payload_of
 from drama.data.records import Record
 from drama.data.sources import Raw, Rows, Source, to_record
 from drama.data.tokens import TokenRecord
@@ -47,7 +42,6 @@ from drama.data.writer import (
     check_name,
     check_target,
     cut_back,
-    shard_number,
     write_manifest,
 )
 from drama.errors import UserError
@@ -68,6 +62,7 @@ class ShardingOptions:
 
     tokenizer: a model folder; its token ids are stored, texts cut at `max_tokens`.
     skip_bad: leave bad rows out, count them, and list them in bad.jsonl.
+    text_column: every row is a text without a query, which stands in this column.
     """
 
     name: str = "train"
@@ -78,6 +73,7 @@ class ShardingOptions:
     max_tokens: int = 8192
     decontaminate: tuple[str, ...] = ()
     skip_bad: bool = False
+    text_column: str | None = None
 
 
 @dataclass
@@ -185,7 +181,8 @@ class _Work:
         found: list[_LeftOut | tuple[int, Record]] = []
         for number, (where, row) in enumerate(chunk.rows, chunk.first):
             try:
-                record = to_record(chunk.layout, row, self.sources[chunk.source])
+                source = self.sources[chunk.source]
+                record = to_record(chunk.layout, row, source, self.options.text_column)
             except UserError as error:
                 if not self.options.skip_bad:
                     raise UserError(f"{where}: {error}", error.reason) from None
@@ -197,9 +194,7 @@ class _Work:
         return [
             item
             if isinstance(item, _LeftOut)
-            else _Written(
-                EncodedRecord.of(item[1], item[0], next(tokens)), fingerprint(item[1].query)
-            )
+            else _Written(EncodedRecord.of(item[1], item[0], next(tokens)), fingerprint(item[1]))
             for item in found
         ]
 
@@ -207,15 +202,18 @@ class _Work:
         if self.encoder is None or not records:
             return [None] * len(records)
         limit = self.options.max_tokens
-        queries, _ = self.encoder.queries(records, limit)
+        queries = iter(self.encoder.queries([r for r in records if not r.is_text], limit)[0])
         texts = [d.full_text for r in records for d in (*r.positives, *r.negatives)]
         documents = iter(self.encoder(texts, "document", limit)[0])
         return [
             TokenRecord.of(
                 record,
-                [query, *islice(documents, len(record.positives) + len(record.negatives))],
+                [
+                    [] if record.is_text else next(queries),
+                    *islice(documents, len(record.positives) + len(record.negatives)),
+                ],
             )
-            for record, query in zip(records, queries, strict=True)
+            for record in records
         ]
 
 
@@ -278,7 +276,7 @@ class _Job:
         weights = {s.name: s.weight for s in self.work.sources if s.weight and s.name in written}
         manifest = dataclasses.replace(manifest, weights=weights)
         self.close()
-        duplicates = count_duplicates(self.folder / QUERIES, _Queries(self.folder, manifest))
+        duplicates = count_duplicates(self.folder / QUERIES, OwnTexts(self.folder, manifest))
         counts = {"exact": duplicates.exact, "near": duplicates.near}
         manifest = dataclasses.replace(manifest, duplicate_queries=counts)
         kept = {LOCK} | ({BAD} if self.left_out else set())
@@ -338,7 +336,7 @@ class _Job:
     def _chunks(self) -> Iterator[_Chunk]:
         skip, first = self.row, self.rows_in_all
         for number in range(self.source, len(self.work.sources)):
-            rows = Rows(self.work.sources[number])
+            rows = Rows(self.work.sources[number], self.work.options.text_column)
             part: list[tuple[str, Raw]] = []
             size = 0
             for where, row in islice(rows, skip, None):
@@ -390,28 +388,6 @@ class _Job:
         self.rows_in_all = state["rows_in_all"]
         self.left_out, self.skipped = Counter(state["left_out"]), state["skipped"]
         return True
-
-
-class _Queries:
-    """Reads the query at a place of the shards that were just written."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.members = folder, manifest.members
-        self.files = {shard_number(shard.file): shard for shard in manifest.shards}
-        self._open = lru_cache(maxsize=64)(self._open_shard)
-
-    def __call__(self, shard: int, row: int) -> str:
-        tar, offsets = self._open(shard)
-        start, end = offsets[row * self.members : row * self.members + 2]
-        member = memoryview(os.pread(tar.fileno(), int(end - start), int(start)))
-        query: str = parse_json(bytes(payload_of(member)))["query"]
-        return query
-
-    def _open_shard(self, number: int) -> tuple[IO[bytes], np.ndarray]:
-        shard = self.files[number]
-        tar = (self.folder / shard.file).open("rb", buffering=0)
-        count = shard.records * self.members + 1
-        return tar, np.memmap(self.folder / shard.idx_file, "<u8", "r", shape=count)
 
 
 _work: _Work | None = None  # of a worker process

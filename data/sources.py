@@ -2,11 +2,12 @@
 
     [NAME[:WEIGHT]=]PATH
 
-PATH is a file of JSON lines, a JSON array or a parquet file (local or s3://, gs://, hf://,
-https://; plain, gzip, xz or zstd), a BEIR folder (corpus.jsonl, queries.jsonl, qrels/train.tsv or
-the only split), a folder of a Hugging Face dataset, or a dataset on the Hub, ORG/NAME
-[@REVISION][:CONFIG[:SPLIT]]. What it is is told from its content; the layouts of a row are those of
-`drama.data.layouts`.
+PATH is a file of JSON lines, a JSON array, a parquet file or (by its name, .txt) plain text (local
+or s3://, gs://, hf://, https://; plain, gzip, xz or zstd), a BEIR folder (corpus.jsonl,
+queries.jsonl, qrels/train.tsv or the only split), a folder of a Hugging Face dataset, or a dataset
+on the Hub, ORG/NAME[@REVISION][:CONFIG[:SPLIT]]. What it is is told from its content; the layouts
+of a row are those of `drama.data.layouts`. With a text column every row is a text, and a BEIR
+folder gives its corpus.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from drama.data.beir import is_beir, qrels_splits, read_corpus, read_qrels, read_queries
-from drama.data.layouts import Row, convert, layout_of, without_nulls
+from drama.data.beir import (
+    corpus_file,
+    is_beir,
+    qrels_splits,
+    read_corpus,
+    read_qrels,
+    read_queries,
+)
+from drama.data.layouts import TEXTS, Row, convert, layout_of, without_nulls
 from drama.data.lines import (
     UTF8_BOM,
     is_url,
@@ -31,10 +39,11 @@ from drama.data.lines import (
     read_array,
     read_raw_lines,
 )
+from drama.data.plain import decode_plain, is_plain_text, read_plain
 from drama.data.records import Record
 from drama.errors import UserError
 
-FILE_SUFFIX = r"(\.jsonl?|\.parquet)?(\.gz|\.xz|\.zst)?$"
+FILE_SUFFIX = r"(\.jsonl?|\.parquet|\.txt)?(\.gz|\.xz|\.zst)?$"
 SPEC = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(:(?P<weight>[0-9.eE+-]+))?=(?P<path>.+)")
 HUB_NAME = re.compile(
     r"(hf://datasets/)?(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?"
@@ -42,8 +51,9 @@ HUB_NAME = re.compile(
 )
 PARQUET_MAGIC = b"PAR1"
 PARQUET_ROWS = 256
+PLAIN = "plain text"  # a layout that has no keys
 
-Raw = bytes | Row  # a line as it stands in its file, or a parsed row
+Raw = bytes | Row  # a line or a plain document as it stands in its file, or a parsed row
 
 
 @dataclass(frozen=True)
@@ -84,13 +94,14 @@ class Rows:
     """The rows of a source, unparsed where that is left to workers.
 
     `layout` is known once the first sound row was read. Iterating yields ("FILE:LINE", row).
+    text_column: every row is a text, which stands in this column.
 
     Raises:
         UserError: no rows, not one of a known layout, or a file that breaks off.
     """
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, text_column: str | None = None) -> None:
+        self.source, self.text_column = source, text_column
         self.layout = ""
         self._fault = ""
         self._raw: IO[bytes] | None = None
@@ -99,31 +110,40 @@ class Rows:
     @property
     def share_read(self) -> float | None:
         """How much of a local file was read, 0 to 1."""
-        return self._raw.tell() / self._bytes if self._raw and self._bytes else None
+        if self._raw is None or not self._bytes:
+            return None
+        return 1.0 if self._raw.closed else self._raw.tell() / self._bytes
 
     def __iter__(self) -> Iterator[tuple[str, Raw]]:
+        empty = True
         for where, row in self._rows():
+            empty = False
             if not self.layout:
                 try:
-                    self.layout = layout_of(row if isinstance(row, dict) else parse_object(row))
+                    parsed = row if isinstance(row, dict) else parse_object(row)
+                    self.layout = layout_of(parsed, self.text_column)
                 except UserError as error:  # to_record says it again, unless bad rows are skipped
                     self._fault = self._fault or f"{where}: {error}"
             yield where, row
-        if not self.layout:
+        if not self.layout or (self.layout == PLAIN and empty):
             raise UserError(self._fault or f"{self.source.path} holds no records")
 
     def _rows(self) -> Iterator[tuple[str, Raw]]:
         path = Path(self.source.path)
         if path.is_dir():
-            return _beir_rows(path) if is_beir(path) else _dataset_rows(path)
+            if not is_beir(path):
+                return _dataset_rows(path)
+            return self._file_rows(str(corpus_file(path))) if self.text_column else _beir_rows(path)
         if not path.exists() and HUB_NAME.fullmatch(self.source.path):
             return _streamed(self.source.path)
-        return self._file_rows()
+        return self._file_rows(self.source.path)
 
-    def _file_rows(self) -> Iterator[tuple[str, Raw]]:
-        path = self.source.path
+    def _file_rows(self, path: str) -> Iterator[tuple[str, Raw]]:
         self._raw = open_raw(path)
         self._bytes = 0 if is_url(path) else Path(path).stat().st_size
+        if is_plain_text(path):
+            self.layout = PLAIN
+            return ((f"{path}:{n}", document) for n, document in read_plain(path, self._raw))
         start = self._raw.read(len(PARQUET_MAGIC))
         self._raw.seek(0)
         if start == PARQUET_MAGIC:
@@ -137,15 +157,19 @@ class Rows:
         return ((f"{path}:{n}", line) for n, line in read_raw_lines(path, self._raw))
 
 
-def to_record(layout: str, row: Raw, source: Source) -> Record:
-    """The checked record of a row.
+def to_record(layout: str, row: Raw, source: Source, text_column: str | None = None) -> Record:
+    """The checked record of a row of `Rows`.
 
     Raises:
         UserError: what is wrong with the row; the caller knows where it stands.
     """
-    value = row if isinstance(row, dict) else parse_object(row)
+    if layout == PLAIN and isinstance(row, bytes):
+        layout, value, text_column = TEXTS, {"text": decode_plain(row)}, None
+    else:
+        value = row if isinstance(row, dict) else parse_object(row)
     try:
-        record = Record.from_json(convert(layout or layout_of(value), value))
+        layout = layout or layout_of(value, text_column)
+        record = Record.from_json(convert(layout, value, text_column))
     except RecursionError:
         raise UserError("a value is nested too deeply", "invalid JSON") from None
     name = source.name if source.named else record.source or source.name

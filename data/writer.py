@@ -41,7 +41,7 @@ class EncodedRecord:
     lang: str
     members: tuple[bytes, ...]
     checksums: tuple[int, ...]
-    query_chars: int
+    query_chars: int | None  # a text has no query
     document_chars: tuple[int, ...]
 
     @classmethod
@@ -57,7 +57,7 @@ class EncodedRecord:
             record.lang,
             tuple(members),
             tuple(map(crc32, members)),
-            _bucket(len(record.query)),
+            None if record.is_text else _bucket(len(record.query)),
             tuple(
                 _bucket(len(d.title) + len(d.text)) for d in (*record.positives, *record.negatives)
             ),
@@ -190,7 +190,8 @@ class FolderWriter:
         if len(self._hot) > OPEN_FILES:  # a corpus may have hundreds of languages
             self._hot.pop(next(iter(self._hot))).file.close()
         self.num_records += 1
-        self.query_chars[record.query_chars] += 1
+        if record.query_chars is not None:
+            self.query_chars[record.query_chars] += 1
         self.document_chars.update(record.document_chars)
         return shard_number(shard.path.name), shard.records - 1
 

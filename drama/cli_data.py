@@ -24,6 +24,12 @@ def _cores() -> int:
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--out", type=FOLDER, required=True, help="Folder for the shards.")
 @click.option("--name", default="train", show_default=True, help="Shards are NAME-000000.tar ...")
+@click.option(
+    "--text",
+    "text_column",
+    metavar="COLUMN",
+    help="Every row is a text without a query, which stands in COLUMN.",
+)
 @click.option("--shard-size", default="256MB", show_default=True, metavar="SIZE")
 @click.option(
     "--workers", type=click.IntRange(1), help="Processes; default: one for each core you may use."
@@ -44,7 +50,7 @@ def _cores() -> int:
     "--decontaminate",
     multiple=True,
     metavar="BEIR_DIR",
-    help="Drop records whose query or positive stands in this evaluation set; several times.",
+    help="Drop records whose query, positive or text stands in this evaluation set; several times.",
 )
 @click.option(
     "--on-bad",
@@ -61,7 +67,7 @@ def shard(
     on_bad: str,
     **options: Any,
 ) -> None:
-    """Write training records as WebDataset shards.
+    """Write training records, or texts without queries, as WebDataset shards.
 
     Each of SOURCES is [NAME[:WEIGHT]=]PATH. PATH is a file of records (our JSON lines, Tevatron,
     FlagEmbedding, sentence-transformers columns, DPR, NVIDIA inline; JSON lines, a JSON array or
@@ -70,12 +76,18 @@ def shard(
     ORG/NAME[@REVISION][:CONFIG[:SPLIT]]. What it is is told from its content. WEIGHT is its
     share in a training mixture.
 
+    Texts, for the training of language models, are rows with `text` and none of those layouts, the
+    rows of any source with --text COLUMN (of a BEIR folder, its corpus), and plain text files
+    (.txt, .txt.gz, .txt.xz, .txt.zst), whose documents are separated by blank lines.
+
     Stopped and started again with the same arguments, it goes on where it was; the shards' bytes do
     not depend on that, nor on --workers.
 
     \b
     drama shard medical.jsonl.gz msmarco:2=beir/msmarco --out shards/train
     drama shard qa=my-org/qa-pairs --tokenizer backbone --decontaminate beir/scifact --out shards/qa
+    drama shard web=dump.parquet book.txt.gz --out shards/texts
+    drama shard packages.jsonl --text description --out shards/packages
     """
     from drama.data.sharding import ShardingOptions, shard_sources
     from drama.data.sources import Source
@@ -107,7 +119,8 @@ def shard(
     twice = outcome.duplicates
     if twice.exact or twice.near:
         _say(
-            f"  queries that come twice: {twice.exact:,} exactly, {twice.near:,} nearly (all kept)"
+            f"  {manifest.own_texts} that come twice: {twice.exact:,} exactly, "
+            f"{twice.near:,} nearly (all kept)"
         )
     for first, second in twice.examples[:3]:
         _say(f"    {_short(first)}  ~  {_short(second)}")

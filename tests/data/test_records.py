@@ -23,15 +23,35 @@ RECORD = st.builds(
 )
 
 
+TEXTS = st.builds(
+    lambda document, **rest: Record("", (document,), **rest),
+    DOCUMENT,
+    source=st.just("") | TEXT,
+    lang=st.sampled_from(["", "en"]),
+)
+
+
 def record(**changes):
     value = {"query": "q", "positives": [{"text": "p"}], "negatives": [{"text": "n"}]}
     value.update(changes)
     return {key: item for key, item in value.items() if item is not ...}
 
 
-@given(RECORD)
+@given(RECORD | TEXTS)
 def test_json_round_trip(value):
     assert Record.from_json(json.loads(json.dumps(value.to_json()))) == value
+    assert Record.trusted(json.loads(json.dumps(value.to_json()))) == value
+
+
+def test_a_text_has_a_form_of_its_own():
+    text = Record.from_json({"text": "t", "title": "T", "lang": "en"})
+    assert text == Record("", (Document("t", "T"),), lang="en")
+    assert text.is_text
+    assert text.own_text == "T t"
+    assert text.to_json() == {"id": Document("t", "T").id, "title": "T", "text": "t", "lang": "en"}
+    assert Record.from_json({"text": "t"}).to_json() == {"id": Document("t").id, "text": "t"}
+    assert not Record.from_json(record()).is_text
+    assert Record.from_json(record()).own_text == "q"
 
 
 def test_a_missing_id_is_the_hash_of_the_normalised_text():
@@ -68,6 +88,15 @@ def test_hash64_fits_an_int64_tensor_and_tells_ids_apart():
         (record(negatives=[{"text": None}]), r"negatives\[0\]\.text must be a string, not null"),
         (record(negatives=[{"text": "n", "body": "x"}]), r"negatives\[0\] has the unknown key"),
         (record(negative=[]), "unknown key 'negative' .did you mean 'negatives'"),
+        (record(text="t"), "record has the unknown key 'text'"),
+        ({"text": "t", "query": ""}, "record has the unknown key 'text'"),
+        ({"text": "t", "prompt": "p"}, "record has the unknown key 'prompt'"),
+        ({"text": "t", "negatives": []}, "record has the unknown key 'negatives'"),
+        ({"text": "t", "titel": ""}, "unknown key 'titel' .did you mean 'title'"),
+        ({"text": " "}, "record.text is empty"),
+        ({"text": None}, "record.text must be a string, not null"),
+        ({"text": "t", "source": 3}, "source must be a string, not a number"),
+        ({"title": "t"}, "record has the unknown key 'title'"),
         (record(lang=["en"]), "lang must be a string, not a list"),
         (record(query="a\ud800"), "query holds an unpaired surrogate at character 1"),
         (record(scores=[1]), "scores must be an object of numbers, not a list"),

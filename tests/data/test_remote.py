@@ -493,6 +493,10 @@ def test_sources_over_http(tmp_path):
                 source = Source.parse(f"web={server.address}/{name}")
                 outcome = shard_sources([source], tmp_path / "out", ShardingOptions())
                 assert outcome.manifest.counts("source") == {"web": 2000}
+        (tmp_path / "www" / "texts.txt.gz").write_bytes(gzip.compress(b"one\n\ntwo\nlines\n"))
+        source = Source.parse(f"{server.address}/texts.txt.gz")
+        manifest = shard_sources([source], tmp_path / "out", ShardingOptions()).manifest
+        assert (manifest.counts("source"), manifest.num_pairs) == ({"texts": 2}, 0)
         server.ranges = True
         for fault in (cut, unavailable, silent):  # now and then, then always
             server.fault = fault

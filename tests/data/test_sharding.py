@@ -500,10 +500,14 @@ def test_short_queries_and_none_alike(tmp_path):
 def test_a_fingerprint_of_a_huge_query_takes_little_memory():
     """A record's text may have 16 million characters."""
     program = f"""
-from drama.data.duplicates import fingerprint
+from drama.data.duplicates import fingerprint, similarity
+from drama.data.records import Document, Record
 {PEAK}
+text = "bees and bread " * 200_000
 before = peak()
-fingerprint("bees and bread " * 200_000)
+fingerprint(Record(text, (Document("p"),)))
+fingerprint(Record("", (Document(text, id="p"),)))
+assert similarity(text, text) == 1
 print(peak() - before)
 """
     done = subprocess.run(
