@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
+import numpy as np
+
 from drama.data.lines import is_url, parse_json
 from drama.data.manifest import (
     MANIFEST,
@@ -48,6 +50,8 @@ class ShardSet:
     read from afar goes through `cache`. Every record is compared with its checksum. Reading may be
     shared by threads and forked workers; a set pickles without its open files.
 
+    sources: names of the records' sources, sorted; "(none)" for those without one.
+
     Raises:
         UserError: from `read_manifest` for each folder, or an address that does not answer.
     """
@@ -66,6 +70,9 @@ class ShardSet:
         self.shards = [shard for _, shard, _ in self._shards]
         self.shard_sizes = [shard.records for shard in self.shards]
         self._ends = list(accumulate(self.shard_sizes))
+        names = [shard.source or "(none)" for shard in self.shards]
+        self.sources = sorted(set(names))
+        self._source_S = np.searchsorted(self.sources, names).astype(np.int64)
         self.is_remote = any(is_url(file) for file, _, _ in self._shards)
         self._make_caches()
 
@@ -85,6 +92,10 @@ class ShardSet:
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def source_numbers(self, indices: np.ndarray) -> np.ndarray:
+        """For each record number the place of its source in `sources`, int64."""
+        return self._source_S[np.searchsorted(self._ends, indices, side="right")]
 
     def _make_caches(self) -> None:
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
@@ -246,6 +257,22 @@ class ShardSet:
     def _index_bytes(self, number: int) -> int:
         _, shard, members = self._shards[number]
         return 12 * shard.records * members + 8 + SHA256_BYTES
+
+
+def open_pairs(paths: Sequence[str | Path], cache: PieceCache | None = None) -> ShardSet:
+    """Shards to train a retriever on, whose records must have queries.
+
+    Raises:
+        UserError: see `ShardSet`; a folder that holds texts without a query.
+    """
+    shards = ShardSet(paths, cache)
+    for path, manifest in zip(paths, shards.manifests, strict=True):
+        if texts := manifest.num_records - manifest.num_pairs:
+            raise UserError(
+                f"{path}: {texts:,} of its {manifest.num_records:,} records are texts without a "
+                "query, which launchers/recover.py reads; for a retriever give records with queries"
+            )
+    return shards
 
 
 class _LocalFile:

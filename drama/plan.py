@@ -27,7 +27,7 @@ from drama.blocks import Execution
 from drama.data.lines import is_url
 from drama.data.manifest import MANIFEST
 from drama.data.packing import pack
-from drama.data.stream import ShardSet
+from drama.data.stream import open_pairs
 from drama.encoder import Encoder, RetrieverSettings, read_config
 from drama.errors import UserError
 from drama.kernels.infonce_torch import BLOCK_ELEMENTS, WORK_ELEMENTS
@@ -164,7 +164,7 @@ def count_work(recipe: Recipe) -> Work:
     config, data, train = read_config(recipe.model.path), recipe.data, recipe.train
     sampled = all(is_url(folder) or (Path(folder) / MANIFEST).is_file() for folder in data.shards)
     if sampled:
-        records = ShardSet(data.shards)
+        records = open_pairs(data.shards)
         step = max(1, len(records) // SAMPLE)
         chosen = [records.read(i) for i in islice(range(0, len(records), step), SAMPLE)]
         negatives = [r.negatives[: data.hard_negatives] for r in chosen]

@@ -15,7 +15,7 @@ import torch
 
 from drama.console import console, progress
 from drama.data.records import content_id, document_hash64, query_hash64
-from drama.data.stream import ShardSet
+from drama.data.stream import ShardSet, open_pairs
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.files import replacing
@@ -38,7 +38,7 @@ def write_teacher_vectors(
     Raises:
         UserError: bad shards, no such model, or `out` holds another teacher's vectors.
     """
-    folder, records = Path(out), ShardSet(shards)
+    folder, records = Path(out), open_pairs(shards)
     about = {
         "model": str(model),
         "model_sha256": model_sha256(model),

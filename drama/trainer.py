@@ -22,7 +22,7 @@ from drama.console import console, progress
 from drama.data.batches import RankBatch, RankBatches
 from drama.data.mixture import Mixture, training_order
 from drama.data.remote import PieceCache
-from drama.data.stream import ShardSet
+from drama.data.stream import open_pairs
 from drama.distill import ScoreDistillation
 from drama.distributed import Ranks
 from drama.encoder import Encoder, RetrieverSettings
@@ -153,7 +153,7 @@ class Trainer:
                 f"data.lanes {data.lanes} feeds at most {data.lanes} ranks, here are "
                 f"{self.ranks.world_size}; raise data.lanes"
             )
-        shards = ShardSet(data.shards, PieceCache(data.cache, int(data.cache_gb * 2**30)))
+        shards = open_pairs(data.shards, PieceCache(data.cache, int(data.cache_gb * 2**30)))
         order = training_order(
             shards,
             batch_size=train.batch_size,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from drama.data.batches import RankBatches
 from drama.data.beir import qrels_splits, read_corpus, read_qrels, read_queries
-from drama.data.stream import ShardSet
+from drama.data.stream import ShardSet, open_pairs
 from drama.errors import UserError
 from drama.gather import Columns
 from drama.gradcache import GradCache
@@ -65,7 +65,7 @@ class Validator:
         self.datasets = [self._read(folder) for folder in recipe.eval.beir]
         self.shards: ShardSet | None = None
         if recipe.eval.shards:
-            self.shards = ShardSet(recipe.eval.shards, batches.shards.cache)
+            self.shards = open_pairs(recipe.eval.shards, batches.shards.cache)
         names = [dataset.name for dataset in self.datasets]
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(

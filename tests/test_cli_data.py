@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from drama.cli import main
+from drama.data.beir import read_corpus
 from drama.data.manifest import read_manifest
 from drama.data.records import Document, Record
 from drama.data.sources import read_source
@@ -117,6 +118,56 @@ def test_queries_that_come_twice_are_shown(here):
     assert "nearly (all kept)" in text
     assert read_manifest("out").num_records == 5
     assert "queries that come twice: 1 exactly" in said(drama("shards", "out"))
+
+
+def test_texts(here, model):
+    """Shard, look, check, join and turn back, with and without token ids."""
+    long = "the bees of the north carry honey over the hills"
+    rows = [{"text": long, "title": "Bees", "url": "u"}, {"text": long, "title": "BEES"}]
+    Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with gzip.open("book.txt.gz", "wt") as file:
+        file.write("one\n\ntwo [/b]\n")
+    text = said(drama("shard", "web:2=t.jsonl", "book.txt.gz", "--out", "out", "--workers", "2"))
+    assert "out: 4 records in 2 shards (book 2, web 2)" in text
+    assert "texts that come twice: 1 exactly, 0 nearly (all kept)" in text
+    assert "4 records, all sound" in said(drama("verify", "out"))
+    text = said(drama("shards", "out", "--examples", "4"))
+    assert "texts without a query: 4" in text
+    assert "texts that come twice: 1 exactly" in text
+    assert f'record 0 text "Bees {long}"' in text
+    assert 'record 3 text "two [/b]"' in text
+    assert "documents by characters" in text
+    assert "quer" not in text.replace("texts without a query", "")
+    tokenised = ["--tokenizer", model, "--document-prefix", "D: "]
+    drama("shard", "t.jsonl", "--out", "tokens", *tokenised)
+    lengths = ShardSet(["tokens"]).read_tokens(0).lengths.tolist()
+    assert lengths[0] == 0
+    assert f"tokens [{lengths[1]}]" in said(drama("shards", "tokens", "--examples", "1"))
+    said(drama("shard", SCIFACT, "--text", "text", "--out", "scifact"))
+    assert read_manifest("scifact").num_records == len(list(read_corpus(SCIFACT)))
+    drama("shard", "a.jsonl", "--text", "query", "--out", "queries")
+    assert read_all("queries")[3].positives[0].text == "query number 3 of a"
+    drama("shard", "a.jsonl", "--out", "pairs")
+    drama("merge", "pairs", "out", "--out", "both")
+    text = said(drama("shards", "both", "--examples", "44"))
+    for part in (
+        "44 records",
+        "texts without a query: 4",
+        "queries by characters",
+        "record 43 text",
+    ):
+        assert part in text
+    drama("convert", "both", "--out", "both.jsonl")
+    assert (
+        list(read_source("both.jsonl")) == read_all("both") == read_all("pairs") + read_all("out")
+    )
+    assert "no column 'txt' for the text (did you mean 'text'?)" in refused(
+        "shard", "t.jsonl", "--text", "txt", "--out", "x"
+    )
+    assert "out: 4 of its 4 records are texts without a query" in refused(
+        "teach", "out", "--model", model, "--out", "x"
+    )
+    assert not Path("x").exists()
 
 
 def test_shards_shows_what_is_inside(here, model):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from drama.data.records import Document, Record
 from drama.data.sources import read_source
 from drama.data.writer import write_shards
 from drama.distributed import free_port
@@ -314,9 +315,14 @@ def test_bad_input_ends_before_anything_is_written(world, tmp_path):
     refused(run_alone(TRAIN, *recipe, "--set", f"data.shards=[{tmp_path}]"), "manifest.json")
     refused(run_alone(TRAIN, *recipe, "--set", "loss.matryoshka_dims=[32,48]"), "48", "width 64")
     refused(run_alone(TRAIN, *recipe, "--set", "train.batch_size=800"), "160 records", "800")
+    write_shards([Record("", (Document("a text"),))], tmp_path / "texts")
+    words = ("texts: 1 of its 1 records are texts without a query", "launchers/recover.py")
+    refused(run_alone(TRAIN, *recipe, "--set", f"data.shards=[{tmp_path / 'texts'}]"), *words)
     half = ["--set", "train.precision=bf16", "--set", "train.deepspeed=zero0"]
     refused(run_alone(TRAIN, *recipe, *half), "stage 0 in bf16", "zero1")
     assert not output.exists()
+    held_out = ["--set", f"eval.shards=[{tmp_path / 'texts'}]"]  # read when the model is there
+    refused(run_alone(TRAIN, *recipe, *held_out), *words)
 
 
 def test_a_port_in_use_is_named(world, tmp_path):
