@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import rotate_half
 
-from drama.attention import PackedLayout, varlen_attention
+from drama.attention import ATTENTION_NAME, PackedLayout, varlen_attention
 from drama.data.packing import PackedBatch
 
 
@@ -45,11 +45,15 @@ def run_blocks(
     causal: bool,
     last_token_only: bool = False,
     recompute: bool = False,
+    read: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Return the residual stream after the last block, before the final norm.
 
-    [T, D], or with `last_token_only` the last token of every sequence, [B, D].
+    [T, D], or with `last_token_only` the last token of every sequence, [B, D]. read: is given
+    every block's number and the stream after it.
     """
+    # any other attention would not know where texts end, and let them see each other
+    assert backbone.config._attn_implementation == ATTENTION_NAME
     layout = PackedLayout(batch.cu_seqlens, batch.lengths, causal=causal)
     positions_1T = batch.position_ids_T[None]
     hidden_1TD = backbone.embed_tokens(batch.input_ids_T[None])
@@ -67,13 +71,15 @@ def run_blocks(
     if last_token_only:
         blocks[-1] = functools.partial(_last_block, backbone.layers[-1], rotary, layout)
     recompute = recompute and torch.is_grad_enabled()
-    for block in blocks:
+    for number, block in enumerate(blocks):
         if recompute:  # nothing is random in a block, so no generator state is kept
             hidden_1TD = checkpoint(
                 block, hidden_1TD, use_reentrant=False, preserve_rng_state=False
             )
         else:
             hidden_1TD = block(hidden_1TD)
+        if read is not None:
+            read(number, hidden_1TD[0])
     return hidden_1TD[0]
 
 

@@ -12,7 +12,6 @@ from drama import attention, fusion
 from drama.blocks import Execution
 from drama.console import console
 from drama.encoder import Encoder
-from drama.errors import UserError
 from drama.gradcache import GradCache
 from drama.kernels import infonce, pool
 from drama.recipe import Recipe
@@ -121,16 +120,5 @@ def _off(wanted: bool, otherwise: str) -> str:
 
 
 def _liger(recipe: Recipe, device: torch.device) -> Choice:
-    wanted: Any = recipe.step.liger
-    what = "norm, SwiGLU, RoPE"
-    if wanted == "off":
-        return Choice(what, "transformers", "step.liger: off")
-    if device.type != "cuda":
-        if wanted == "on":
-            raise UserError("step.liger on: Liger-Kernel runs on CUDA, here is none; say auto")
-        return Choice(what, "transformers", f"no Liger-Kernel on {device.type}")
-    if not fusion.has_liger():
-        if wanted == "on":
-            raise UserError("step.liger on: not installed; pip install liger-kernel, or say auto")
-        return Choice(what, "transformers", "liger_kernel is not installed")
-    return Choice(what, "Liger-Kernel", "it is installed")
+    chosen, why = fusion.choose_liger(recipe.step.liger, device)
+    return Choice("norm, SwiGLU, RoPE", "Liger-Kernel" if chosen else "transformers", why)

@@ -10,9 +10,10 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -46,6 +47,24 @@ class Ranks:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.item()
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Do something long on the main rank while the others wait, a day if need be.
+
+        Raises:
+            UserError: on every rank, with what the main rank found.
+        """
+        fault: list[str | None] = [None]
+        if self.is_main:
+            try:
+                work()
+            except UserError as error:
+                fault = [str(error)]
+        if self.world_size > 1:
+            group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            dist.broadcast_object_list(fault, src=0, group=group)
+        if fault[0] is not None:
+            raise UserError(fault[0])
 
     @classmethod
     @contextmanager

@@ -11,10 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drama.errors import UserError
+
 
 def has_liger() -> bool:
     """Whether Liger-Kernel is installed."""
     return importlib.util.find_spec("liger_kernel") is not None
+
+
+def choose_liger(wanted: str, device: torch.device) -> tuple[bool, str]:
+    """Whether Liger-Kernel computes norm, SwiGLU and RoPE, and why; wanted: auto, on or off.
+
+    Raises:
+        UserError: on, where it cannot run.
+    """
+    if wanted == "off":
+        return False, "step.liger: off"
+    if device.type != "cuda":
+        if wanted == "on":
+            raise UserError("step.liger on: Liger-Kernel runs on CUDA, here is none; say auto")
+        return False, f"no Liger-Kernel on {device.type}"
+    if not has_liger():
+        if wanted == "on":
+            raise UserError("step.liger on: not installed; pip install liger-kernel, or say auto")
+        return False, "liger_kernel is not installed"
+    return True, "it is installed"
 
 
 def use_liger(backbone: Any, device_type: str) -> None:

@@ -40,12 +40,11 @@ from drama.data.packing import PackedBatch, Row, count_chunks, even_chunks, pack
 from drama.distributed import host_group
 from drama.gather import Columns, all_gather
 from drama.loss import ContrastiveLoss
-from drama.memory import GRADIENT_SHARE, GraphBytes, PeakMemory, spare_bytes
+from drama.memory import GraphBytes, PeakMemory, spare_bytes
 from drama.metrics import Stopwatch
-from drama.optimizer import step_engine
+from drama.optimizer import Reduction, settle_reduction, step_engine
 
 KeepGraphs = int | Literal["auto"]
-Reduction = Literal["auto", "step", "chunk"]
 
 
 @dataclass
@@ -90,7 +89,7 @@ class GradCache:
         self.device, self.stage = engine.device, engine.zero_optimization_stage()
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.group = host_group()
-        self.reduction = self._settle(reduction)
+        self.reduction = settle_reduction(engine, reduction)
         if self.reduction == "chunk" and self.stage == 3:
             # DeepSpeed adds to the shards after the first forward that follows a backward; two
             # backwards in a row, as of kept graphs, would overwrite each other
@@ -171,19 +170,6 @@ class GradCache:
         return out_XD
 
     # -- planning -----------------------------------------------------------------------------
-
-    def _settle(self, reduction: Reduction) -> Reduction:
-        if not self.stage:
-            return "chunk"
-        if reduction != "auto":
-            return reduction
-        weights = self.engine.module.parameters()
-        # ds_numel: under ZeRO 3 a weight is empty here
-        size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights)
-        fits = torch.tensor(int(size < GRADIENT_SHARE * spare_bytes(self.device)))
-        if self.world_size > 1:
-            dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=self.group)
-        return "step" if fits.item() else "chunk"
 
     def _agree(self, num_chunks: int) -> tuple[int, int]:
         """Chunks and kept graphs of this step, the same on every rank."""

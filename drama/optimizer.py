@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from drama.distributed import Ranks
+from drama.distributed import Ranks, host_group
+from drama.memory import GRADIENT_SHARE, spare_bytes
 from drama.settings import Optimization, Schedule
+
+Reduction = Literal["auto", "step", "chunk"]
 
 
 class Pace(NamedTuple):
@@ -106,6 +110,25 @@ def start_engine(
         config=config,
     )
     return engine
+
+
+def settle_reduction(engine: Any, wanted: Reduction) -> Reduction:
+    """Whether gradients are reduced once a step or after each chunk; a collective.
+
+    "auto" takes "step" where one full gradient is small beside the memory that every rank has left.
+    ZeRO 0 only adds up locally, "chunk" it is.
+    """
+    if not engine.zero_optimization_stage():
+        return "chunk"
+    if wanted != "auto":
+        return wanted
+    weights = engine.module.parameters()
+    # ds_numel: under ZeRO 3 a weight is empty here
+    size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights)
+    fits = torch.tensor(int(size < GRADIENT_SHARE * spare_bytes(engine.device)))
+    if engine.world_size > 1:
+        dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=host_group())
+    return "step" if fits.item() else "chunk"
 
 
 def step_engine(engine: Any) -> float:

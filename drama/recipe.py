@@ -56,18 +56,14 @@ class ModelRecipe(Strict):
     freeze_embeddings: bool = False  # the embedding table stays as it is: no gradient, no state
 
 
-class DataRecipe(Strict):
-    """Which shards, and how a record becomes rows of a batch."""
+class ShardsRecipe(Strict):
+    """Which shards, and in which order their records come."""
 
     shards: list[ShardFolder] = Field(min_length=1)
-    hard_negatives: Annotated[int, Field(ge=0)] = 7
-    max_query_tokens: Annotated[int, Field(ge=2)] = 256
-    max_document_tokens: Annotated[int, Field(ge=2)] = 256
     lanes: Positive = 64  # virtual ranks; the data order does not depend on the real ones
     block: Positive = 256  # records that stay together when the corpus is shuffled
     window: Positive = 1024  # records of a lane that are shuffled among each other
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})  # of sources in a mixture
-    batches: Literal["mixed", "one_source"] = "mixed"
     language_alpha: Annotated[float, Field(ge=0, le=1)] | None = (
         None  # below 1 lifts rare languages
     )
@@ -75,6 +71,29 @@ class DataRecipe(Strict):
     workers: Annotated[int, Field(ge=0)] = 1  # processes a rank that read and tokenise ahead
     cache: Path | None = None  # where pieces of remote shards lie; default ~/.cache/drama/shards
     cache_gb: Annotated[float, Field(gt=0)] = 16.0
+
+
+def check_lanes(name: str, value: int, lanes: int) -> None:
+    """Refuse a global batch that the lanes cannot share.
+
+    Raises:
+        ValueError: with the nearest size that they can.
+    """
+    if value % lanes:
+        near = value // lanes * lanes or lanes
+        raise ValueError(
+            f"{name} {value} is not a multiple of data.lanes {lanes}; the nearest is {near}, or "
+            "lower data.lanes"
+        )
+
+
+class DataRecipe(ShardsRecipe):
+    """How a record becomes rows of a batch."""
+
+    hard_negatives: Annotated[int, Field(ge=0)] = 7
+    max_query_tokens: Annotated[int, Field(ge=2)] = 256
+    max_document_tokens: Annotated[int, Field(ge=2)] = 256
+    batches: Literal["mixed", "one_source"] = "mixed"
 
 
 class LossRecipe(Strict):
@@ -147,13 +166,7 @@ class Recipe(Settings):
         train, data, dims = self.train, self.data, self.loss.matryoshka_dims
         if (train.steps is None) == (train.epochs is None):
             raise ValueError("train: give exactly one of steps and epochs")
-        if train.batch_size % data.lanes:
-            below = train.batch_size // data.lanes * data.lanes
-            near = below or data.lanes
-            raise ValueError(
-                f"train.batch_size {train.batch_size} is not a multiple of data.lanes "
-                f"{data.lanes}; the nearest is {near}, or lower data.lanes"
-            )
+        check_lanes("train.batch_size", train.batch_size, data.lanes)
         longest = max(data.max_query_tokens, data.max_document_tokens)
         if train.token_budget < longest:
             raise ValueError(

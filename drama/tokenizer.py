@@ -33,10 +33,19 @@ def load_tokenizer(path: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    return appending_eos(tokenizer, folder)
+
+
+def appending_eos(tokenizer: Any, where: str | Path) -> Any:
+    """Make a loaded tokenizer append EOS, pad on the right, and neither pad nor cut by itself.
+
+    Raises:
+        UserError: no fast tokenizer, or no EOS token.
+    """
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{folder}: the tokenizer has no fast version (tokenizer.json)")
+        raise UserError(f"{where}: the tokenizer has no fast version (tokenizer.json)")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer has no EOS token; last-token pooling needs one")
+        raise UserError(f"{where}: the tokenizer has no EOS token; every text must end in one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"

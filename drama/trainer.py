@@ -8,18 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from drama import checkpoint, choices
 from drama.console import console, progress
-from drama.data.batches import RankBatch, RankBatches
+from drama.data.batches import RankBatches
 from drama.data.mixture import Mixture, training_order
 from drama.data.remote import PieceCache
 from drama.data.stream import open_pairs
@@ -31,6 +28,7 @@ from drama.export import export
 from drama.files import recovered, replacing
 from drama.gradcache import GradCache, StepOutput
 from drama.hf import model_sha256
+from drama.loading import BadRecords, load_ahead
 from drama.loss import ContrastiveLoss
 from drama.metrics import peak_flops, with_precision
 from drama.optimizer import Pace, start_engine
@@ -73,6 +71,7 @@ class Trainer:
         }
         self.chosen = choices.prepare(self.encoder, recipe, ranks.device)
         self.batches = self._open_data()
+        self.bad = BadRecords(recipe.output)
         self.num_steps = self._count_steps()
         self.start, self.pace = self._choose_start()
         self.engine = start_engine(
@@ -239,21 +238,20 @@ class Trainer:
             for name in ("best", "model"):
                 recovered(output / name)
             recipe.save(output / "recipe.yaml")
-            self._forget_bad(checkpoint.step_of(self.start) if self.start else 0)
+            self.bad.forget(checkpoint.step_of(self.start) if self.start else 0)
         inputs = self._inputs()
         first = self._resume(self.start, inputs) if self.start else 0
         console.print(self._headline(first))
         choices.show(self.chosen, recipe, self.encoder, self.step_runner, self.dtype)
         with progress(disable=not self.ranks.is_main) as bar:
             self.telemetry.open(first, bar, self.num_steps)
-            loader = self._loader(first)
-            for step in range(first, self.num_steps):
+            steps = range(first, self.num_steps)
+            loader = load_ahead(self.batches, steps, recipe.data.workers)
+            for step in steps:
                 began = time.perf_counter()
                 batch = next(loader)
-                if isinstance(batch, UserError):
-                    raise batch
                 waited = time.perf_counter() - began
-                self._report_bad(step, batch)
+                self.bad.report(step, batch.bad)
                 rate = self.engine.get_lr()[0]
                 output_of_step = self.step_runner.step(batch)
                 if step == first:
@@ -366,38 +364,6 @@ class Trainer:
             found["teacher"] = hashlib.sha256((teacher / "manifest.json").read_bytes()).hexdigest()
         return found
 
-    def _loader(self, first: int) -> Iterator[RankBatch | UserError]:
-        workers = self.recipe.data.workers
-        return iter(
-            DataLoader(
-                _ErrorsAsValues(self.batches),
-                batch_size=None,
-                sampler=range(first, self.num_steps),
-                num_workers=workers,
-                prefetch_factor=4 if workers else None,
-                multiprocessing_context="fork" if workers else None,
-                worker_init_fn=_start_worker,
-            )
-        )
-
-    def _forget_bad(self, first: int) -> None:
-        """Drop the lines of steps that are taken once more."""
-        path = self.recipe.output / "bad.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] < first]
-            with replacing(path) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
-
-    def _report_bad(self, step: int, batch: RankBatch) -> None:
-        """Append what a batch lacks to RUN/bad.jsonl; each rank writes whole lines."""
-        path = self.recipe.output / "bad.jsonl"
-        for bad in batch.bad:
-            line = {"step": step, "record": bad.index, "reason": bad.reason, "error": bad.message}
-            text = json.dumps(line, ensure_ascii=False) + "\n"
-            with path.open("ab") as file:
-                file.write(text.encode(errors="backslashreplace"))
-
     def _write_model(self, folder: Path) -> None:
         weights = checkpoint.full_state_dict(self.engine, self.encoder.backbone)
         if self.ranks.is_main:
@@ -418,25 +384,6 @@ class Trainer:
     def _texts(self) -> str:
         why = self.batches.no_tokens
         return f"tokenised while training, {why}" if why else "token ids of the shards"
-
-
-class _ErrorsAsValues(Dataset[RankBatch | UserError]):
-    """Hands a bad record's error over as it is; DataLoader would wrap it in a traceback."""
-
-    def __init__(self, batches: RankBatches) -> None:
-        self.batches = batches
-
-    def __getitem__(self, step: int) -> RankBatch | UserError:
-        try:
-            return self.batches[step]
-        except UserError as error:
-            return error
-
-
-def _start_worker(worker: int) -> None:
-    # the tokenizer's thread pool does not survive a fork
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
 
 
 def train(recipe: Recipe) -> Path:

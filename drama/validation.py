@@ -27,6 +27,7 @@ from drama.data.stream import ShardSet, open_pairs
 from drama.errors import UserError
 from drama.gather import Columns
 from drama.gradcache import GradCache
+from drama.loading import check_held_out
 from drama.recipe import Recipe
 from drama.retrieve.evaluate import Qrels, score
 from drama.retrieve.run import Run, without_queries
@@ -72,11 +73,7 @@ class Validator:
                 f"eval.beir: two folders are called {min(twice)}, and figures go by that name; "
                 "rename one"
             )
-        # by content: a copy under another name is trained on too
-        trained = _shards_of(batches.shards)
-        for folder in recipe.eval.shards if self.shards else ():
-            if _shards_of(ShardSet([folder])) & trained:
-                raise UserError(f"eval.shards: {folder} is trained on; hold other shards out")
+        check_held_out(recipe.eval.shards, batches.shards)
 
     @property
     def judge(self) -> dict[str, Any]:
@@ -172,10 +169,6 @@ class Validator:
         vectors_ND = torch.empty_like(by_rank_ND)
         vectors_ND[torch.from_numpy(order).to(by_rank_ND.device)] = by_rank_ND
         return vectors_ND
-
-
-def _shards_of(shards: ShardSet) -> set[str]:
-    return {shard.sha256 for manifest in shards.manifests for shard in manifest.shards}
 
 
 def _run(dataset: _Dataset, queries_QD: Tensor, documents_ND: Tensor) -> Run:

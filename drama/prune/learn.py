@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from drama import checkpoint
 from drama.console import console, progress
 from drama.distributed import Ranks
 from drama.errors import UserError
-from drama.hf import build_lm, model_sha256
+from drama.hf import build_lm
 from drama.metrics import Stopwatch, with_precision
 from drama.optimizer import Pace, start_engine, step_engine
 from drama.prune.alive import Alive, fold, install, make_maskable
@@ -88,7 +86,7 @@ class Pruner:
         console.print(plan_table(self.source, self.target, **vocabulary))
         self.tokenizer = load_tokenizer(self.where, self.config.vocab_size)
         torch.manual_seed(recipe.seed)
-        self.inputs = {"model": self._source_sha256()}
+        self.inputs = {"model": self.where.sha256}
         self.text = self._open_text()
         self.inputs["text"] = self._text_sha256()
         self.masks = Masks(self.source, self.target, seed=recipe.seed, device=self.device)
@@ -117,7 +115,7 @@ class Pruner:
         held_out = data.held_out_rows
         most = (train.steps * train.batch_rows + held_out) * data.length
         folder = self.recipe.output / "text"
-        self._on_main(lambda: self._tokenise(folder, most))
+        self.ranks.on_main(lambda: self._tokenise(folder, most))
         domains = [
             open_domain(
                 name,
@@ -134,28 +132,6 @@ class Pruner:
         for name, paths in self.recipe.data.domains.items():
             identity = self.inputs["model"]
             tokenise(name, paths, self.tokenizer, folder, max_tokens=most, identity=identity)
-
-    def _on_main(self, work: Callable[[], None]) -> None:
-        """Do something long on the main rank while the others wait, a day if need be.
-
-        Raises:
-            UserError: on every rank, with what the main rank found.
-        """
-        fault: list[str | None] = [None]
-        if self.ranks.is_main:
-            try:
-                work()
-            except UserError as error:
-                fault = [str(error)]
-        if self.ranks.world_size > 1:
-            group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-            dist.broadcast_object_list(fault, src=0, group=group)
-        if fault[0] is not None:
-            raise UserError(fault[0])
-
-    def _source_sha256(self) -> str:
-        path = self.where.path
-        return sha256_of(path) if self.where.gguf else model_sha256(path)
 
     # -- one step -----------------------------------------------------------------------------
 

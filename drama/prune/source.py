@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import struct
@@ -33,7 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from drama.errors import UserError, nearest
-from drama.hf import build_lm
+from drama.hf import build_lm, model_sha256
 
 # the families, and what each is read as
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
@@ -67,6 +68,14 @@ class Source:
     def name(self) -> str:
         """What messages call it."""
         return str(self.path)
+
+    @property
+    def sha256(self) -> str:
+        """Of the file, or one over the folder's weights, configuration and tokenizer."""
+        if not self.gguf:
+            return model_sha256(self.folder)
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def options(self) -> dict[str, Any]:
