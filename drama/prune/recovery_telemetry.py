@@ -1,0 +1,155 @@
+"""What people see of a recovery: metrics.jsonl, the progress bar, TensorBoard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.progress import Progress, TaskID
+
+from drama.data.texts import TextBatch
+from drama.distributed import Ranks
+from drama.metrics import MetricsFile, forward_flops, peak_memory_mib
+from drama.prune.parent import Parent
+from drama.prune.recovery_data import Texts
+from drama.prune.recovery_recipe import RecoveryRecipe
+from drama.prune.recovery_step import StepOutput
+
+
+def losses_by_source(names: list[str], sums: list[float], counts: list[int]) -> dict[str, float]:
+    """Nats a token of every source that was seen, and of all tokens under `loss`."""
+    found = {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
+    return {"loss": sum(sums) / max(1, sum(counts)), **found}
+
+
+class RecoveryTelemetry:
+    """Writes on the main rank; counting is a collective. peak: FLOP/s of all ranks together."""
+
+    def __init__(
+        self,
+        recipe: RecoveryRecipe,
+        engine: Any,
+        ranks: Ranks,
+        *,
+        peak: float,
+        texts: Texts,
+        parent: Parent | None,
+    ) -> None:
+        self.recipe, self.engine, self.ranks, self.peak = recipe, engine, ranks, peak
+        self.texts, self.parent = texts, parent
+        self.file: MetricsFile | None = None
+
+    def open(self, first_step: int, bar: Progress, num_steps: int) -> None:
+        """Go on at a step: later lines of a run that was stopped are dropped."""
+        if self.ranks.is_main:
+            path = self.recipe.output / "metrics.jsonl"
+            self.file = MetricsFile(path, first_step=first_step)
+        self.bar = bar
+        self.task: TaskID = bar.add_task("recover", total=num_steps, completed=first_step, note="")
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def headline(self, first_step: int, num_steps: int) -> str:
+        """What the run is, in a few lines."""
+        recipe, config = self.recipe, self.engine.module.lm.config
+        shape = f"{config.num_hidden_layers} layers x {config.hidden_size}"
+        loss = recipe.loss
+        weights = {"cross-entropy": loss.lm, "KL": loss.kl, "states": loss.hidden}
+        parts = " + ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight)
+        resumed = f", resumed at step {first_step}" if first_step else ""
+        why = self.texts.batches.no_tokens
+        tokens = f"tokenised while training, {why}" if why else "token ids of the shards"
+        return (
+            f"{recipe.name}: {shape}, {loss.objective}, {parts}; {recipe.train.precision}, ZeRO "
+            f"{self.engine.zero_optimization_stage()} on {self.ranks.world_size} "
+            f"{self.ranks.device.type} ranks\n{len(self.texts.shards):,} texts, {num_steps:,} "
+            f"steps of {recipe.train.batch_texts:,}{resumed}; {tokens}"
+        )
+
+    def record(
+        self,
+        step: int,
+        batch: TextBatch,
+        output: StepOutput,
+        *,
+        lr: float,
+        seconds: float,
+        waited: float,
+        evaluation: Mapping[str, float] | None,
+    ) -> None:
+        """One step; lr: the rate that it was taken with. evaluation: losses by source."""
+        line = self._line(step, batch, output, seconds, waited)
+        line["lr"] = lr
+        if evaluation is not None:
+            line["evaluation"] = dict(evaluation) | {"perplexity": math.exp(evaluation["loss"])}
+        if self.file is None:
+            return
+        self.file.write(line)
+        note = (
+            f"loss {line['loss']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  mfu {line['mfu']:.0%}"
+        )
+        if evaluation is not None:
+            note += f"  held-out {evaluation['loss']:.3f}"
+        self.bar.update(self.task, advance=1, note=note)
+        names = ("loss", "lm", "kl", "hidden", "grad_norm", "lr", "tokens_per_s", "mfu")
+        events = {f"recover/{name}": line[name] for name in names}
+        events |= {f"loss/{name}": x for name, x in line["lm_by_source"].items()}
+        events |= {f"weights/{name}": x for name, x in line.get("source_weights", {}).items()}
+        events |= {f"eval/{name}": x for name, x in line.get("evaluation", {}).items()}
+        samples = (step + 1) * self.recipe.train.batch_texts
+        self.engine.monitor.write_events([(name, x, samples) for name, x in events.items()])
+
+    def _line(
+        self, step: int, batch: TextBatch, output: StepOutput, seconds: float, waited: float
+    ) -> dict[str, Any]:
+        lengths = batch.rows.lengths.tolist()
+        sums = {
+            "tokens": float(sum(lengths)),
+            "flops": self._flops(lengths),
+            # a padded batch pads every text to the longest
+            "slots": float(max(lengths, default=0) * len(lengths)),
+            "texts": float(len(lengths)),
+            "bad": float(len(batch.bad)),
+        }
+        sums = {name: self.ranks.sum(x) for name, x in sums.items()}
+        domains = self.texts.domains
+        names = self.texts.sources
+        by_source = losses_by_source(names, output.sums_S, output.counts_S)
+        return {
+            "step": step,
+            "epoch": round((step + 1) / self.texts.order.batches_per_epoch, 4),
+            "loss": output.loss,
+            "lm": output.lm,
+            "kl": output.kl,
+            "hidden": output.hidden,
+            "lm_by_source": {n: x for n, x in by_source.items() if n != "loss"},
+            "tokens_by_source": dict(zip(names, output.counts_S, strict=True)),
+            **({"source_weights": dict(domains.weights)} if domains else {}),
+            "grad_norm": output.grad_norm,
+            "tokens": int(sums["tokens"]),
+            "texts": int(sums["texts"]),
+            **({"bad": int(sums["bad"])} if sums["bad"] else {}),
+            "padding_avoided": 1 - sums["tokens"] / max(1.0, sums["slots"]),
+            "chunks": output.num_chunks,
+            "tokens_per_s": sums["tokens"] / seconds,
+            "mfu": sums["flops"] / seconds / self.peak,
+            "peak_mem_mib": peak_memory_mib(self.ranks.device),
+            "data_wait_s": waited,
+            "seconds": seconds,
+            "seconds_by_phase": {"data": waited, **output.seconds},
+        }
+
+    def _flops(self, lengths: list[int]) -> float:
+        """Of this rank's texts: three forwards of the student and one of its parent, with heads."""
+        loss, tokens = self.recipe.loss, sum(lengths)
+        predictions = tokens * (loss.mask_share if loss.objective == "mntp" else 1.0)
+        config = self.engine.module.lm.config
+        head = 2 * config.vocab_size * predictions
+        flops = 3 * (forward_flops(config, lengths) + head * config.hidden_size)
+        if self.parent is not None and (loss.kl or loss.hidden):
+            flops += forward_flops(self.parent.model.config, lengths)
+            flops += head * self.parent.model.config.hidden_size if loss.kl else 0.0
+        return flops
