@@ -10,7 +10,8 @@ A chunk of C rows goes through
 written once to one buffer each of `work_elements` of the accumulation dtype (at least one row),
 whatever T and V; the step on the rows works in place, here on blocks of `BLOCK_ELEMENTS` that a
 CPU's cache holds from the first operator to the last, with `SPARES` blocks beside them for a
-teacher. Beside that stand dweight in the accumulation dtype, V*D, and dhidden, T*D.
+teacher. Beside that stand dweight in the accumulation dtype, V*D, dhidden, T*D, and in bf16 a
+chunk's dhidden in float32.
 
 z, exponents and sums are float32 (float64 for float64 inputs). On a GPU 16-bit factors are
 multiplied as they are, with float32 results, and g is rounded to 16 bits for the two products
@@ -153,7 +154,8 @@ def evaluate_chunks(
     if problem.wants_hidden:
         saved = torch.float32 if hidden_TD.dtype == torch.float16 else hidden_TD.dtype
         dhidden_TD = torch.empty(hidden_TD.shape, dtype=saved, device=hidden_TD.device)
-        product_CD = ce_T.new_empty(chunk, hidden_TD.shape[1])
+        if saved != dtype:
+            product_CD = ce_T.new_empty(chunk, hidden_TD.shape[1])
     if problem.wants_weight:
         dweight_VD = ce_T.new_zeros(weight_VD.shape)
     for first in range(0, num_tokens, chunk):
@@ -169,10 +171,13 @@ def evaluate_chunks(
             kl_T[at] = kl_C
         if g_CV is None:
             continue
-        if dhidden_TD is not None and product_CD is not None:
-            _multiply(product_CD[: len(z_CV)], g_CV, weight_VD)
-            torch.mul(product_CD[: len(z_CV)], 1 / unit, out=product_CD[: len(z_CV)])
-            dhidden_TD[at] = product_CD[: len(z_CV)]
+        if dhidden_TD is not None:
+            wide_CD = dhidden_TD[at] if product_CD is None else product_CD[: len(z_CV)]
+            _multiply(wide_CD, g_CV, weight_VD)
+            if unit != 1:
+                wide_CD *= 1 / unit
+            if product_CD is not None:
+                dhidden_TD[at] = wide_CD
         if dweight_VD is not None:
             _multiply(dweight_VD, g_CV.T, hidden_CD, add=True)
     if dweight_VD is not None and unit != 1:
@@ -226,8 +231,10 @@ def _block(
         shift_C1 -= s_CV.amax(1, keepdim=True).log() - y_CV.amax(1, keepdim=True).log()
         d_CV.sub_(shift_C1)
         torch.sub(s_CV, y_CV, out=g_CV)
-        torch.expm1(d_CV, out=term_CV).mul_(y_CV)
-        torch.where(d_CV > 1, g_CV, term_CV, out=term_CV)  # expm1 may be inf, and q nothing
+        # where d > 1, as numbers: on a CPU bools and torch.where take twice the time of all this
+        far_CV = torch.gt(d_CV, 1, out=spare_SCV[1])
+        torch.clamp_max(d_CV, 1, out=term_CV).expm1_().mul_(y_CV)
+        torch.lerp(term_CV, g_CV, far_CV, out=term_CV)
         term_CV.addcmul_(y_CV, d_CV, value=-1).clamp_min_(0)
         kl_C1 = term_CV.sum(1, keepdim=True).mul_(step.temperature**2)
     others_C1 = p_CV.scatter_(1, target_C1, 0.0).sum(1, keepdim=True)

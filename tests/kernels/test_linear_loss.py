@@ -294,9 +294,9 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def step(tokens, vocabulary, width, teacher):
+def step(tokens, vocabulary, width, teacher, dtype=torch.float32):
     """Loss and gradients, to be counted; the batch is made before."""
-    batch = token_batch(tokens, vocabulary, width, width)
+    batch = token_batch(tokens, vocabulary, width, width, dtype=dtype)
     inputs = (batch.hidden_TD.requires_grad_(), batch.weight_VD.requires_grad_(), batch.target_T)
     options = {**batch.teacher(), "kl_weight": 1.0, "temperature": 2.0} if teacher else {}
     return lambda: linear_loss(*inputs, **options).loss.backward()
@@ -305,11 +305,11 @@ def step(tokens, vocabulary, width, teacher):
 @pytest.mark.parametrize("teacher", [False, True])
 def test_no_tensor_is_larger_than_a_chunk(monkeypatch, teacher):
     """At 2,000 tokens of a vocabulary of 3,001; a vocabulary larger than the chunk takes a row."""
-    for work in (2**17, 1000):
+    for work, dtype in ((2**17, torch.float32), (2**17, torch.bfloat16), (1000, torch.float32)):
         monkeypatch.setattr(linear_loss_torch, "WORK_ELEMENTS", work)
         monkeypatch.setattr(linear_loss_torch, "BLOCK_ELEMENTS", 2**13)
         tokens, vocabulary, width = (2000, 3001, 16) if work > 3001 else (50, 3001, 16)
-        run = step(tokens, vocabulary, width, teacher)
+        run = step(tokens, vocabulary, width, teacher, dtype)
         with Largest() as largest:
             run()
         buffers = (1 + teacher) * max(work, vocabulary)
