@@ -78,7 +78,8 @@ def linear_loss(
     Returns:
         loss, float32 (float64 for float64 inputs), and for every token ce_T and kl_T, without
         gradients. kl_T is never below 0, and a small one is off by about a rounding of the logits
-        times its square root. The gradient cannot be differentiated again.
+        times its square root. The gradient cannot be differentiated again, and torch.compile's
+        graph breaks here.
 
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit, an unknown or absent back
@@ -93,11 +94,10 @@ def linear_loss(
         return _reference(hidden_TD, weight_VD, target_T, teacher, numbers)
     wants = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_TD, weight_VD))
     options = (*teacher, *numbers, *wants)
-    losses: list[Tensor | None] = []
-    loss = _LinearLoss.apply(hidden_TD, weight_VD, target_T, options, chosen, losses)
-    ce_T, kl_T = losses
-    assert ce_T is not None
-    return LinearLossOutput(loss, ce_T, kl_T)
+    arguments = (hidden_TD, weight_VD, target_T, options, chosen)
+    if torch.compiler.is_compiling():  # not a decorator, which imports the compiler for everybody
+        return torch.compiler.disable(_eager)(*arguments)
+    return _eager(*arguments)
 
 
 def choose_backend(backend: Backend, hidden_TD: Tensor) -> str:
@@ -217,6 +217,20 @@ def _evaluate(problem: Problem, backend: str) -> Evaluation:
     linear_loss_triton = importlib.import_module("drama.kernels.linear_loss_triton")  # needs triton
     done: Evaluation = linear_loss_triton.evaluate(problem)
     return done
+
+
+def _eager(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    options: tuple[Any, ...],
+    backend: str,
+) -> LinearLossOutput:
+    losses: list[Tensor | None] = []
+    loss = _LinearLoss.apply(hidden_TD, weight_VD, target_T, options, backend, losses)
+    ce_T, kl_T = losses
+    assert ce_T is not None
+    return LinearLossOutput(loss, ce_T, kl_T)
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -239,6 +239,23 @@ def test_a_gradient_of_the_gradient_is_refused():
         grad.sum().backward()
 
 
+def test_the_compiler_leaves_it_alone():
+    """The graph breaks here, and what is around it is compiled."""
+    batch = token_batch(9, 30, 8)
+    leaves = [x.requires_grad_() for x in (batch.hidden_TD, batch.weight_VD)]
+
+    def total(hidden_TD, weight_VD):
+        output = linear_loss(hidden_TD * 2, weight_VD, batch.target_T, **batch.teacher())
+        return output.loss * 3 + output.kl_T.sum()
+
+    want, got = (
+        (value.detach(), *torch.autograd.grad(value, leaves))
+        for value in (total(*leaves), torch.compile(total, backend="aot_eager")(*leaves))
+    )
+    for x, y in zip(want, got, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_the_teacher_gets_no_gradient_and_may_be_of_another_type():
     batch = token_batch(9, 30, 8)
     teacher = {name: x.bfloat16() for name, x in batch.teacher().items()}
