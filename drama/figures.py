@@ -119,6 +119,34 @@ def evaluation_bars(results: Results) -> Figure:
     return figure
 
 
+def over_seeds(
+    title: str,
+    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
+    *,
+    x_label: str,
+    y_label: str,
+    level: tuple[str, float] | None = None,
+) -> Figure:
+    """One line a system, the median of its runs, in the band from their lowest to their highest.
+
+    curves: by system, of every run the points (x, y), as many in all runs of a system; x is their
+    mean. level: name and height of a horizontal line.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(title, y_label, "g")
+        for (name, runs), colour in zip(curves.items(), COLOURS, strict=False):
+            x_RX, y_RX = np.moveaxis(np.array(runs, dtype=float), -1, 0)
+            x = x_RX.mean(0)
+            axes.fill_between(x, y_RX.min(0), y_RX.max(0), color=colour, alpha=0.2, linewidth=0)
+            axes.plot(x, np.median(y_RX, 0), color=colour, linewidth=1.8, marker="o", ms=3.5,
+                      label=name)  # fmt: skip
+        if level is not None:
+            axes.axhline(level[1], color=GREY, linewidth=1.2, linestyle="--", label=level[0])
+        axes.set_xlabel(x_label)
+        axes.legend(loc="upper right")
+    return figure
+
+
 def svg(figure: Figure) -> str:
     """The figure as an `<svg>` element."""
     buffer = io.StringIO()

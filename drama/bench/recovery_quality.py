@@ -1,0 +1,90 @@
+"""What a parent is worth: the same recovery with and without it, over several seeds.
+
+Every arm is one whole run of `drama.prune.recovery` for every seed. A seed draws the same texts for
+all arms, so arms differ by their loss alone, at equal tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from drama.bench.rows import Rows
+from drama.console import console
+from drama.distributed import Ranks
+from drama.prune.output import REPORT_NAME
+from drama.prune.recovery import Recoverer
+from drama.prune.recovery_recipe import RecoveryRecipe
+from drama.testing import read_metrics
+
+# by name, the weights of the loss
+ARMS: dict[str, dict[str, float]] = {
+    "cross-entropy": {"lm": 1.0, "kl": 0.0, "hidden": 0.0},
+    "cross-entropy + KL": {"lm": 1.0, "kl": 1.0, "hidden": 0.0},
+    "cross-entropy + KL + states": {"lm": 1.0, "kl": 1.0, "hidden": 1.0},
+}
+Curves = dict[str, list[list[tuple[int, float]]]]  # by arm and seed: tokens seen, held-out loss
+
+
+def compare(
+    recipe: RecoveryRecipe, ranks: Ranks, arms: Iterable[str], seeds: Iterable[int], rows: Rows
+) -> Curves:
+    """Run what has not been run yet under `recipe.output`; add rows of held-out loss by tokens."""
+    curves: Curves = {}
+    for seed in seeds:
+        for arm in arms:
+            folder = _folder(recipe, arm, seed)
+            weights = {f"loss__{name}": x for name, x in ARMS[arm].items()}
+            changed = recipe.with_values(output=str(folder), seed=seed, **weights)
+            console.rule(f"{arm}, seed {seed}")
+            if not (folder / "model").is_dir():
+                recoverer = Recoverer(changed, ranks)
+                recoverer.run()
+                recoverer.engine.destroy()
+            curves.setdefault(arm, []).append(_curve(folder))
+    for arm, runs in curves.items():
+        for point in zip(*runs, strict=True):
+            tokens = [n for n, _ in point]
+            losses = [x for _, x in point]
+            config = {"losses": losses, "tokens": tokens, "loss": ARMS[arm], **_facts(recipe)}
+            rows.add(arm, "held-out", "nats/token", f"{tokens[0]:,} tokens", losses, config)
+    return curves
+
+
+def _folder(recipe: RecoveryRecipe, arm: str, seed: int) -> Path:
+    return recipe.output / f"{arm.replace(' ', '')}-{seed}"
+
+
+def _recovery_facts(run: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((run / "model" / REPORT_NAME).read_text(encoding="utf-8"))[
+        "recovery"
+    ]
+    return facts
+
+
+def _curve(run: Path) -> list[tuple[int, float]]:
+    """Held-out loss before the first step and wherever it was judged."""
+    curve = [(0, float(_recovery_facts(run)["losses_before"]["student"]["loss"]))]
+    seen = 0
+    for line in read_metrics(run):
+        seen += line["tokens"]
+        if "evaluation" in line:
+            curve.append((seen, line["evaluation"]["loss"]))
+    return curve
+
+
+def _facts(recipe: RecoveryRecipe) -> dict[str, Any]:
+    return {
+        "model": recipe.model.path.name,
+        "steps": recipe.train.steps,
+        "batch_texts": recipe.train.batch_texts,
+        "lr": recipe.train.lr,
+        "precision": recipe.train.precision,
+    }
+
+
+def loss_of_parent(recipe: RecoveryRecipe, arm: str, seed: int) -> float:
+    """The parent's loss on the same held-out texts."""
+    return float(_recovery_facts(_folder(recipe, arm, seed))["losses_before"]["parent"]["loss"])
