@@ -48,7 +48,8 @@ def main(
     """Time plain and masked steps in turn."""
     with exit_on_user_error("bench_pruning"):
         quiet_libraries()
-        from drama.bench.pruning import Plain, measure
+        from drama.bench.plain_lm import PlainLM
+        from drama.bench.pruning import measure
         from drama.bench.rows import Rows
         from drama.demo import find_llm
         from drama.distributed import Ranks
@@ -73,7 +74,10 @@ def main(
             pruner = Pruner(recipe, ranks)
             pruner.begin()
             table = Rows("pruning", ranks.device)
-            speeds = measure(pruner, Plain(pruner.recipe, ranks), table, seconds=seconds)
+            settled = pruner.recipe
+            config = settled.deepspeed_config(world_size=ranks.world_size)
+            plain = PlainLM(settled.model.path, settled.train, config, ranks.device)
+            speeds = measure(pruner, plain, table, seconds=seconds)
             for name, speed in speeds.items():
                 console.print(
                     f"{name}: {speed:,.0f} tokens/s, {speed / speeds['plain']:.2f} of plain",

@@ -12,57 +12,17 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import deepspeed
 import torch
 from torch import Tensor
 
+from drama.bench.plain_lm import PlainLM
 from drama.bench.rows import Rows, interleaved
 from drama.console import console
-from drama.distributed import Ranks
-from drama.metrics import Stopwatch
-from drama.optimizer import adamw, step_engine
 from drama.prune.alive import Alive, install
 from drama.prune.learn import Pruner
 from drama.prune.masks import LOG_ALPHA_LIMIT, Gates
-from drama.prune.recipe import PruneRecipe
-from drama.prune.source import find_llm, load_model, read_config
 
 STATES = {"open": 0.0, "half way": 0.5, "target": 1.0}
-
-
-class Plain:
-    """Language-model training without masks: Hugging Face's model and loss."""
-
-    def __init__(self, recipe: PruneRecipe, ranks: Ranks) -> None:
-        self.recipe, self.device = recipe, ranks.device
-        where = find_llm(recipe.model.path)
-        model = load_model(where, read_config(where)).train()
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw(model, recipe.train, self.device, offloaded=False),
-            config=recipe.deepspeed_config(world_size=ranks.world_size)
-            | {"steps_per_print": 2**31},
-        )
-        self.seconds: dict[str, float] = {}
-
-    def step(self, ids_RN: Tensor) -> float:
-        """One step over the rows; the mean loss."""
-        watch = Stopwatch(self.device)
-        passes = ids_RN.split(self.recipe.train.rows_per_pass)
-        total = 0.0
-        for number, ids_BN in enumerate(passes, 1):
-            ids_BN = ids_BN.to(self.device)
-            loss = self.engine(input_ids=ids_BN, labels=ids_BN, use_cache=False).loss
-            watch.lap("forward")
-            self.engine.backward(loss)
-            watch.lap("backward")
-            if number < len(passes):
-                self.engine.step()
-            total += loss.item() / len(passes)
-        step_engine(self.engine)
-        watch.lap("step")
-        self.seconds = watch.seconds
-        return total
 
 
 def set_masks(pruner: Pruner, ramp: float, seed: int = 0) -> None:
@@ -77,7 +37,7 @@ def set_masks(pruner: Pruner, ramp: float, seed: int = 0) -> None:
             log_alpha.copy_(torch.where(closed.to(log_alpha.device), -limit, limit))
 
 
-def check(pruner: Pruner, plain: Plain, ids_BN: Tensor) -> None:
+def check(pruner: Pruner, plain: PlainLM, ids_BN: Tensor) -> None:
     """Refuse to time two ways that do not compute the same: without masks the losses agree."""
     with torch.no_grad():
         ids_BN = ids_BN.to(pruner.device)
@@ -89,7 +49,7 @@ def check(pruner: Pruner, plain: Plain, ids_BN: Tensor) -> None:
     console.print(f"same loss without masks: {ours:.4f} and {theirs:.4f}", highlight=False)
 
 
-def measure(pruner: Pruner, plain: Plain, rows: Rows, *, seconds: float) -> dict[str, float]:
+def measure(pruner: Pruner, plain: PlainLM, rows: Rows, *, seconds: float) -> dict[str, float]:
     """Time the ways in turn; add rows of tokens/s and of seconds by phase, return tokens/s.
 
     "nothing left out" is the ablation: the same masks at the target, folded into whole weights.
@@ -113,7 +73,8 @@ def measure(pruner: Pruner, plain: Plain, rows: Rows, *, seconds: float) -> dict
         return Gates(gates.z, {kind: torch.ones_like(kept) for kind, kept in gates.kept.items()})
 
     def dense() -> None:
-        plain.step(ids_RN)
+        parts = ids_RN.split(recipe.train.rows_per_pass)
+        plain.step([{"input_ids": ids_BN, "labels": ids_BN} for ids_BN in parts])
         phases.setdefault("plain", []).append(plain.seconds)
 
     runs: dict[str, Callable[[], None]] = {"plain": dense}
