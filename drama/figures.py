@@ -82,9 +82,10 @@ def training_figures(lines: Sequence[Line]) -> list[Figure]:
     with matplotlib.rc_context(STYLE):
         figures = [_loss(lines)] if _has(lines, "loss") else []
         judged = {name for line in lines for name in line.get("evaluation") or {}}
+        ranked = {name for name in judged if name.startswith("ndcg@10")}
         for title, names in (
-            ("nDCG@10 while training", sorted(name for name in judged if name != "loss")),
-            ("Held-out loss", ["loss"] if "loss" in judged else []),
+            ("nDCG@10 while training", sorted(ranked)),
+            ("Held-out loss", sorted(judged - ranked - {"perplexity"})),
         ):
             figures += [_judged(lines, title, names)] if names else []
         wanted = [c for c in CURVES if _has(lines, c.field) and not _idle(lines, c.field)]
@@ -157,7 +158,7 @@ def svg(figure: Figure) -> str:
 
 
 def _loss(lines: Sequence[Line]) -> Figure:
-    figure, axes = _axes("Contrastive loss", "loss", "g")
+    figure, axes = _axes("Training loss", "loss", "g")
     steps = _column([line["step"] for line in lines])
     losses = _column([line.get("loss") for line in lines])
     widths = sorted({w for line in lines for w in line.get("loss_by_prefix") or {}}, key=int)
@@ -172,16 +173,18 @@ def _loss(lines: Sequence[Line]) -> Figure:
 
 
 def _judged(lines: Sequence[Line], title: str, names: Sequence[str]) -> Figure:
-    figure, axes = _axes(title, title.split()[0] if len(names) > 1 else "", "g")
+    is_loss = title == "Held-out loss"
+    figure, axes = _axes(title, "loss" if is_loss else "nDCG@10", "g")
     judged = [line for line in lines if line.get("evaluation")]
     steps = [line["step"] + 1 for line in judged]
     for number, name in enumerate(names):
         values = _column([line["evaluation"].get(name) for line in judged])
-        label = "mean" if name == "ndcg@10" else name.removeprefix("ndcg@10 ")
+        label = name.removeprefix("ndcg@10 ").removeprefix("loss ")
+        label = {"ndcg@10": "mean", "loss": "all"}.get(label, label)
         colour = INK if name in ("ndcg@10", "loss") else COLOURS[number % len(COLOURS)]
         axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", ms=3.5, label=label)
     if len(names) > 1:
-        axes.legend(ncols=2, loc="lower right")
+        axes.legend(ncols=2, loc="upper right" if is_loss else "lower right")
     return figure
 
 

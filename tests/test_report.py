@@ -165,6 +165,19 @@ def test_curves_are_the_numbers(tmp_path):
         assert figure.axes[0].get_ylim()[0] == 0
 
 
+def test_a_recovery_shows_held_out_losses_by_source() -> None:
+    lines = [
+        {"step": step, "loss": 2.0,
+         "evaluation": {"loss": 3.0, "perplexity": 20.1, "loss de": 3.5, "loss en": 2.5}}
+        for step in range(3)
+    ]  # fmt: skip
+    _, held_out, *_ = training_figures(lines)
+    axes = held_out.axes[0]
+    assert (axes.get_title(loc="left"), axes.get_ylabel()) == ("Held-out loss", "loss")
+    found = {str(line.get_label()): float(line.get_ydata()[0]) for line in axes.lines}
+    assert found == {"all": 3.0, "de": 3.5, "en": 2.5}
+
+
 def test_a_long_run_is_thinned_and_keeps_its_course():
     loss, *_ = training_figures(metrics(25_000))
     curve = loss.axes[0].lines[-1]

@@ -13,7 +13,6 @@ import torch
 
 from drama.attention import ATTENTION_NAME
 from drama.errors import UserError
-from drama.hf import exact_rotary
 from drama.prune.output import REPORT_NAME
 from drama.prune.predictions import Chunk
 from drama.prune.shape import Shape
@@ -38,15 +37,13 @@ class Parent:
         config = read_config(where)
         self.sha256 = where.sha256
         own = load_tokenizer(where, config.vocab_size)
-        model = load_model(where, config)
+        model = load_model(where, config, dtype)
         kept = shared_ids(own, config.vocab_size, tokenizer, vocab_size, path)
         if kept is not None:
             model = cut_vocabulary(model, kept)
         self.shape = Shape.of(config)
         model.set_attn_implementation(ATTENTION_NAME)
-        with exact_rotary(model.model.rotary_emb):
-            model.to(device, dtype)
-        self.model = model.requires_grad_(False)
+        self.model = model.to(device).requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, chunk: Chunk, alignment: Alignment | None = None) -> ParentStates:

@@ -109,7 +109,7 @@ class Recoverer:
             texts=self.texts,
             parent=self.parent,
         )
-        self.before: dict[str, dict[str, float]] = {}  # held-out losses of student and parent
+        self.before: dict[str, dict[str, Any]] = {}  # held-out losses of student and parent
 
     # -- building -----------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ class Recoverer:
             if self.parent is not None:
                 self.before["parent"] = self._losses(parent=True)
         if self.recipe.data.update_every:
-            self.texts.follow(self.before["parent"])
+            self.texts.follow(self.before["parent"]["by_source"])
         return 0
 
     def _resume(self, folder: Path, inputs: dict[str, Any]) -> int:
@@ -233,13 +233,14 @@ class Recoverer:
             console.print(f"data: {note}", markup=False)
         return first
 
-    def _losses(self, *, parent: bool = False) -> dict[str, float]:
+    def _losses(self, *, parent: bool = False) -> dict[str, Any]:
         names = self.texts.held_out_sources
         assert self.texts.held_out is not None
-        found = self.step_runner.evaluate(self.texts.held_out, len(names), parent=parent)
-        return losses_by_source(names, *found)
+        sums, counts = self.step_runner.evaluate(self.texts.held_out, len(names), parent=parent)
+        by_source = losses_by_source(names, sums, counts)
+        return {"loss": sum(sums) / max(1, sum(counts)), "by_source": by_source}
 
-    def _evaluate(self, done: int) -> dict[str, float] | None:
+    def _evaluate(self, done: int) -> dict[str, Any] | None:
         due = done % self.recipe.eval.every == 0 or done == self.num_steps
         return self._losses() if due and self.texts.held_out is not None else None
 
@@ -255,7 +256,7 @@ class Recoverer:
 
     # -- writing ------------------------------------------------------------------------------
 
-    def _save(self, done: int, inputs: dict[str, Any], evaluation: dict[str, float] | None) -> None:
+    def _save(self, done: int, inputs: dict[str, Any], evaluation: dict[str, Any] | None) -> None:
         checkpoint.save(
             self.engine,
             self.recipe.output / "checkpoints",
@@ -267,7 +268,7 @@ class Recoverer:
             write_model=lambda folder: self._write_model(folder, done, evaluation),
         )
 
-    def _write_model(self, folder: Path, done: int, evaluation: dict[str, float] | None) -> None:
+    def _write_model(self, folder: Path, done: int, evaluation: dict[str, Any] | None) -> None:
         """An ordinary folder, with the facts of the cut that it goes back to; a collective."""
         weights = checkpoint.full_state_dict(self.engine, self.student.lm)
         if self.ranks.is_main:
@@ -280,7 +281,7 @@ class Recoverer:
         if self.ranks.world_size > 1:
             dist.barrier()
 
-    def _facts(self, done: int, evaluation: dict[str, float] | None) -> dict[str, Any]:
+    def _facts(self, done: int, evaluation: dict[str, Any] | None) -> dict[str, Any]:
         path = self.where.folder / REPORT_NAME
         facts: dict[str, Any] = {"model": str(self.where.path)}
         if path.is_file():
@@ -295,12 +296,15 @@ class Recoverer:
         }
         return facts
 
-    def _conclude(self, evaluation: dict[str, float] | None) -> None:
+    def _conclude(self, evaluation: dict[str, Any] | None) -> None:
         if evaluation is None:
             return
-        before, parent = self.before["student"], self.before.get("parent", {})
-        for name, loss in evaluation.items():
-            of_parent = f", its parent {parent[name]:.3f}" if name in parent else ""
-            what = "held-out loss" if name == "loss" else f"  {name}"
-            console.print(f"{what}: {before[name]:.3f} before, {loss:.3f} after{of_parent}",
-                          highlight=False)  # fmt: skip
+        before, parent = self.before["student"], self.before.get("parent")
+        lines = {"held-out loss": [x and x["loss"] for x in (before, evaluation, parent)]}
+        for name, loss in evaluation["by_source"].items():
+            others = [x and x["by_source"][name] for x in (before, parent)]
+            lines[f"  {name}"] = [others[0], loss, others[1]]
+        for what, (first, last, goal) in lines.items():
+            of_parent = "" if goal is None else f", its parent {goal:.3f}"
+            console.print(f"{what}: {first:.3f} before, {last:.3f} after{of_parent}",
+                          highlight=False, markup=False)  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.progress import Progress, TaskID
@@ -17,10 +17,11 @@ from drama.prune.recovery_recipe import RecoveryRecipe
 from drama.prune.recovery_step import StepOutput
 
 
-def losses_by_source(names: list[str], sums: list[float], counts: list[int]) -> dict[str, float]:
-    """Nats a token of every source that was seen, and of all tokens under `loss`."""
-    found = {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
-    return {"loss": sum(sums) / max(1, sum(counts)), **found}
+def losses_by_source(
+    names: Sequence[str], sums_S: Sequence[float], counts_S: Sequence[int]
+) -> dict[str, float]:
+    """Nats a token of every source that was seen."""
+    return {n: s / c for n, s, c in zip(names, sums_S, counts_S, strict=True) if c}
 
 
 class RecoveryTelemetry:
@@ -78,13 +79,18 @@ class RecoveryTelemetry:
         lr: float,
         seconds: float,
         waited: float,
-        evaluation: Mapping[str, float] | None,
+        evaluation: Mapping[str, Any] | None,
     ) -> None:
-        """One step; lr: the rate that it was taken with. evaluation: losses by source."""
+        """One step; lr: the rate that it was taken with. evaluation: held-out `loss`, and
+        `by_source`."""
         line = self._line(step, batch, output, seconds, waited)
         line["lr"] = lr
         if evaluation is not None:
-            line["evaluation"] = dict(evaluation) | {"perplexity": math.exp(evaluation["loss"])}
+            line["evaluation"] = {
+                "loss": evaluation["loss"],
+                "perplexity": math.exp(evaluation["loss"]),
+                **{f"loss {name}": x for name, x in evaluation["by_source"].items()},
+            }
         if self.file is None:
             return
         self.file.write(line)
@@ -117,7 +123,6 @@ class RecoveryTelemetry:
         sums = {name: self.ranks.sum(x) for name, x in sums.items()}
         domains = self.texts.domains
         names = self.texts.sources
-        by_source = losses_by_source(names, output.sums_S, output.counts_S)
         return {
             "step": step,
             "epoch": round((step + 1) / self.texts.order.batches_per_epoch, 4),
@@ -125,7 +130,7 @@ class RecoveryTelemetry:
             "lm": output.lm,
             "kl": output.kl,
             "hidden": output.hidden,
-            "lm_by_source": {n: x for n, x in by_source.items() if n != "loss"},
+            "lm_by_source": losses_by_source(names, output.sums_S, output.counts_S),
             "tokens_by_source": dict(zip(names, output.counts_S, strict=True)),
             **({"source_weights": dict(domains.weights)} if domains else {}),
             "grad_norm": output.grad_norm,

@@ -205,7 +205,7 @@ def test_the_written_model_is_the_trained_one(
     last = read_metrics(stages / name)[-1]["evaluation"]
     assert held_out_loss(folder, world) == pytest.approx(last["loss"], rel=limit)
     assert last["perplexity"] == pytest.approx(np.exp(last["loss"]))
-    assert last.keys() == {"loss", "code", "de", "perplexity"}
+    assert last.keys() == {"loss", "loss code", "loss de", "perplexity"}
     facts = json.loads((folder / REPORT_NAME).read_text())
     assert facts["recovery"]["losses_after"]["loss"] == last["loss"]
     before = facts["recovery"]["losses_before"]
