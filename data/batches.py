@@ -20,6 +20,7 @@ from drama.data.reading import BadRecord, Order, RankDataset
 from drama.data.records import Record, content_id, document_hash64, query_hash64
 from drama.data.stream import ShardSet
 from drama.data.tokens import TokenRecords
+from drama.errors import UserError
 from drama.tokenizer import TextEncoder
 
 
@@ -94,9 +95,11 @@ class RankBatches(RankDataset[RankBatch]):
     def __getitem__(self, step: int) -> RankBatch:
         if self.no_tokens:
             records, indices, epochs, bad = self._read(step, self.shards.read)
+            _check_some(indices, bad)
             batch = self.of_records(records, indices, epochs)
         else:
             members, indices, epochs, bad = self._read(step, self.shards.read_token_member)
+            _check_some(indices, bad)
             batch = self._of_tokens(TokenRecords(members), indices, epochs)
         batch.bad = bad
         return batch
@@ -173,3 +176,8 @@ class RankBatches(RankDataset[RankBatch]):
             negatives_of=torch.from_numpy(drawn.owner_M),
             scores=torch.from_numpy(scores),
         )
+
+
+def _check_some(indices: np.ndarray, bad: Sequence[BadRecord]) -> None:
+    if not len(indices):  # a contrastive step needs a query
+        raise UserError(f"every record of a batch is bad, the last one: {bad[-1].message}")

@@ -86,8 +86,6 @@ class RankDataset(Dataset[Batch]):
                 if self.on_bad == "stop" or error.reason != DAMAGED:
                     raise
                 bad.append(BadRecord(index, error.reason, str(error)))
-        if not found:
-            raise UserError(f"every record of a batch is bad, the last one: {bad[-1].message}")
         return found, indices[kept], epochs[kept], bad
 
     def _no_tokens(self, max_tokens: int) -> str:

@@ -52,8 +52,9 @@ class RankTexts(RankDataset[TextBatch]):
 
     Any shards serve: a text gives its document, a pair one of its positives, drawn anew each epoch.
     A document of at most `max_tokens` is whole, EOS last; a longer one gives `max_tokens` tokens in
-    a row, from a place that is drawn anew each epoch. A document of fewer than 2 tokens, which
-    leave nothing to predict, is left out, so a batch may be shorter than its share, even empty.
+    a row (BOS in front where the tokenizer has one), from a place that is drawn anew each epoch. A
+    document of fewer than 2 tokens, which leave nothing to predict, is left out, so a batch may be
+    shorter than its share, even empty.
 
     Token ids that the shards hold end where `drama shard --max-tokens` has cut them (EOS last), so
     windows come out of the stored part. They are used if that is at least `max_tokens` long.
@@ -89,17 +90,21 @@ class RankTexts(RankDataset[TextBatch]):
             on_bad=on_bad,
         )
         self.max_tokens = max_tokens
+        *front, _ = tokenize.tokenizer.backend_tokenizer.encode("").ids
+        self._front = np.array(front, np.int64)  # BOS, where the tokenizer has one
         self.sources = shards.sources
         self.num_pairs = sum(manifest.num_pairs for manifest in shards.manifests)
 
     def __getitem__(self, step: int) -> TextBatch:
-        rows: Sequence[Row]
+        rows: Sequence[Row] = []
         if self.no_tokens:
             records, indices, epochs, bad = self._read(step, self.shards.read)
-            rows = self._tokenised(records, indices, epochs)
+            if records:
+                rows = self._tokenised(records, indices, epochs)
         else:
             members, indices, epochs, bad = self._read(step, self.shards.read_token_member)
-            rows = self._stored(TokenRecords(members), indices, epochs)
+            if members:
+                rows = self._stored(TokenRecords(members), indices, epochs)
         kept = np.flatnonzero([len(row) > 1 for row in rows])
         indices, epochs = indices[kept], epochs[kept]
         windows = [
@@ -140,13 +145,16 @@ class RankTexts(RankDataset[TextBatch]):
 
     def _window(self, row: Row, index: int, epoch: int) -> Row:
         """`max_tokens` tokens of a longer row, from a place that depends on seed, epoch and record
-        only. The place is a raw word of Philox, which numpy keeps the same in every version."""
+        only; what the tokenizer puts in front of a text stands in front of a window too. The place
+        is a raw word of Philox, which numpy keeps the same in every version."""
         if len(row) <= self.max_tokens:
             return row
         seeds = np.random.SeedSequence([self.seed, epoch, index, WINDOW_DRAW])
         word = int(np.random.Philox(seeds).random_raw())
         start = word % (len(row) - self.max_tokens + 1)
-        return row[start : start + self.max_tokens]
+        first = start + len(self._front) if start else 0
+        rest = np.asarray(row[first : start + self.max_tokens], np.int64)
+        return np.concatenate((self._front, rest)) if start else rest
 
     def _same_prefixes(self, tokens: TokenSettings) -> bool:
         return tokens.document_prefix == self.tokenize.document_prefix  # no query is read

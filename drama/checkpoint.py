@@ -5,7 +5,8 @@
                            zero/         DeepSpeed's shards: weights, optimizer, schedule
                            model/        the retriever at this step, ready to use
 
-The data position is a function of the step and needs no state of its own.
+The data position is a function of the step; a mixture's, which may change its weights, is in
+`extra`.
 """
 
 from __future__ import annotations

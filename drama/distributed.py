@@ -52,19 +52,25 @@ class Ranks:
         """Do something long on the main rank while the others wait, a day if need be.
 
         Raises:
-            UserError: on every rank, with what the main rank found.
+            UserError: on every rank, with what the main rank found; any other fault of its as
+                RuntimeError on the others.
         """
-        fault: list[str | None] = [None]
+        if self.world_size == 1:
+            work()
+            return
+        group, own = _patient_group(), None
+        fault: list[tuple[bool, str] | None] = [None]
         if self.is_main:
             try:
                 work()
-            except UserError as error:
-                fault = [str(error)]
-        if self.world_size > 1:
-            group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-            dist.broadcast_object_list(fault, src=0, group=group)
+            except Exception as error:
+                own, fault = error, [(isinstance(error, UserError), str(error))]
+        dist.broadcast_object_list(fault, src=0, group=group)
+        if own is not None:
+            raise own
         if fault[0] is not None:
-            raise UserError(fault[0])
+            is_the_users, message = fault[0]
+            raise (UserError if is_the_users else RuntimeError)(message)
 
     @classmethod
     @contextmanager
@@ -181,6 +187,12 @@ def _is_open(path: Path) -> bool:
             if os.readlink(descriptor) == target:
                 return True
     return False
+
+
+@functools.cache
+def _patient_group() -> dist.ProcessGroup:
+    """All ranks in a group that waits a day; making it is a collective."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 @functools.cache

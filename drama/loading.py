@@ -59,6 +59,19 @@ def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
+def check_lanes_feed(lanes: int, world_size: int) -> None:
+    """Refuse more ranks than lanes.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    if world_size > lanes:
+        raise UserError(
+            f"data.lanes {lanes} feeds at most {lanes} ranks, here are {world_size}; raise "
+            "data.lanes"
+        )
+
+
 def check_held_out(folders: Sequence[Path | str], trained: ShardSet) -> None:
     """Refuse held-out shards that are trained on, by content: a copy under another name is too.
 
@@ -67,7 +80,7 @@ def check_held_out(folders: Sequence[Path | str], trained: ShardSet) -> None:
     """
     known = {shard.sha256 for shard in trained.shards}
     for folder in folders:
-        if known & {shard.sha256 for shard in ShardSet([folder]).shards}:
+        if known & {shard.sha256 for shard in ShardSet([folder], trained.cache).shards}:
             raise UserError(f"eval.shards: {folder} is trained on; hold other shards out")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ from drama.export import export
 from drama.files import recovered, replacing
 from drama.gradcache import GradCache, StepOutput
 from drama.hf import model_sha256
-from drama.loading import BadRecords, load_ahead
+from drama.loading import BadRecords, check_lanes_feed, load_ahead
 from drama.loss import ContrastiveLoss
 from drama.metrics import peak_flops, with_precision
-from drama.optimizer import Pace, start_engine
+from drama.optimizer import start_engine
 from drama.recipe import EvalRecipe, Recipe, StepRecipe
+from drama.resume import check_finite, choose_start, count_steps, prolongable
 from drama.settings import check_same_run
 from drama.teacher import TeacherVectors
 from drama.telemetry import Telemetry
@@ -72,8 +72,10 @@ class Trainer:
         self.chosen = choices.prepare(self.encoder, recipe, ranks.device)
         self.batches = self._open_data()
         self.bad = BadRecords(recipe.output)
-        self.num_steps = self._count_steps()
-        self.start, self.pace = self._choose_start()
+        self.num_steps = count_steps(
+            recipe.train.steps, recipe.train.epochs, self.batches.order.batches_per_epoch
+        )
+        self.start, self.pace = choose_start(recipe.output, recipe.train, self.num_steps)
         self.engine = start_engine(
             self.encoder,
             recipe.train,
@@ -108,12 +110,7 @@ class Trainer:
         """Fill in what depends on the machine, or take it from the run that goes on."""
         settled, stored = with_precision(recipe, self.ranks)
         if stored is not None:
-            free = dict(_FREE_KEYS)
-            if settled.train.schedule in (
-                "wsd",
-                "constant",
-            ):  # the others look at the end all along
-                free["train"] = free["train"] | {"steps", "epochs"}
+            free = _FREE_KEYS | {"train": _FREE_KEYS["train"] | prolongable(settled.train)}
             check_same_run(stored, settled, free)
         return settled
 
@@ -147,11 +144,7 @@ class Trainer:
 
     def _open_data(self) -> RankBatches:
         data, train = self.recipe.data, self.recipe.train
-        if self.ranks.world_size > data.lanes:
-            raise UserError(
-                f"data.lanes {data.lanes} feeds at most {data.lanes} ranks, here are "
-                f"{self.ranks.world_size}; raise data.lanes"
-            )
+        check_lanes_feed(data.lanes, self.ranks.world_size)
         shards = open_pairs(data.shards, PieceCache(data.cache, int(data.cache_gb * 2**30)))
         order = training_order(
             shards,
@@ -176,42 +169,6 @@ class Trainer:
             max_document_tokens=data.max_document_tokens,
             on_bad=data.on_bad,
         )
-
-    def _count_steps(self) -> int:
-        train = self.recipe.train
-        if train.steps is not None:
-            return train.steps
-        assert train.epochs is not None
-        return max(1, math.ceil(train.epochs * self.batches.order.batches_per_epoch))
-
-    def _choose_start(self) -> tuple[Path | None, Pace]:
-        """The newest whole checkpoint from which the recipe's learning rates go on, and the pace.
-
-        A run that was prolonged leaves its decay out: it goes on from the flat part.
-
-        Raises:
-            UserError: there are checkpoints, but none to go on from.
-        """
-        output, train = self.recipe.output, self.recipe.train
-        found = checkpoint.whole_checkpoints(output / "checkpoints")
-        for path in reversed(found):
-            state = checkpoint.read_state(path)
-            earlier = Pace(*state["extra"]["pace"])
-            pace = Pace.of(train, self.num_steps, earlier.warmup)
-            if pace.follows(earlier, state["step"]):
-                if path != found[-1]:
-                    console.print(
-                        f"going on from {path.name}, the newest checkpoint before the learning "
-                        f"rates of {earlier.num_steps} and of {self.num_steps} steps part"
-                    )
-                return path, pace
-        if found:
-            raise UserError(
-                f"{output} was a run of {earlier.num_steps} steps, and all its checkpoints lie "
-                f"where the learning rates of {self.num_steps} steps are others; give "
-                f"{earlier.num_steps} steps again, or another output"
-            )
-        return None, Pace.of(train, self.num_steps)
 
     def _loss(self) -> ContrastiveLoss:
         loss = self.recipe.loss
@@ -256,7 +213,9 @@ class Trainer:
                 output_of_step = self.step_runner.step(batch)
                 if step == first:
                     self._warn_of_no_scores(output_of_step)
-                self._check_finite(
+                check_finite(
+                    self.ranks,
+                    output,
                     step,
                     loss=output_of_step.loss,
                     grad_norm=output_of_step.grad_norm,
@@ -320,7 +279,7 @@ class Trainer:
         if self.validator is None or not due:
             return None
         figures = self.validator()
-        self._check_finite(done - 1, **figures)
+        check_finite(self.ranks, self.recipe.output, done - 1, **figures)
         if better(figures, self.best):
             self.best = {"step": done, **figures, "judge": self.validator.judge}
             self._write_model(self.recipe.output / "best")
@@ -328,23 +287,6 @@ class Trainer:
                 with replacing(self.recipe.output / "best.json") as temporary:
                     temporary.write_text(json.dumps(self.best, indent=1), encoding="utf-8")
         return figures
-
-    def _check_finite(self, step: int, **figures: float) -> None:
-        """Stop a run that has diverged before its weights are written anywhere: what was saved
-        earlier is all that is left of it.
-
-        Raises:
-            UserError: a figure of this step is no number, on whichever rank.
-        """
-        wrong = [f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)]
-        if not self.ranks.sum(len(wrong)):
-            return
-        saved = checkpoint.whole_checkpoints(self.recipe.output / "checkpoints")
-        raise UserError(
-            f"step {step} diverged ({', '.join(wrong) or 'on another rank'}) and nothing of it is "
-            f"saved; the last good checkpoint: {saved[-1] if saved else 'none yet'}; lower "
-            "train.lr or lengthen the warm-up, in another output"
-        )
 
     def _warn_of_no_scores(self, output: StepOutput) -> None:
         if output.terms.get("scores") == 0.0:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
 from drama.data.manifest import read_manifest
@@ -130,16 +131,20 @@ def test_a_window_is_a_function_of_seed_epoch_and_record(
     folders: dict[str, Path], model: Path
 ) -> None:
     row = list(range(1000))
-    made = batches(folders, model, "text")
-    starts = {made._window(row, index, epoch)[0] for index in range(100) for epoch in range(3)}
+    made, other = (batches(folders, model, "text", seed=seed) for seed in (3, 4))
+
+    def window(row: list[int], index: int, epoch: int, texts: RankTexts = made) -> list[int]:
+        return list(texts._window(row, index, epoch))
+
+    starts = {window(row, index, epoch)[0] for index in range(100) for epoch in range(3)}
     assert len(starts) > 200
     assert max(starts) <= 960
-    assert made._window(row, 5, 1) == made._window(row, 5, 1)
-    assert made._window(row, 5, 1) != batches(folders, model, "text", seed=4)._window(row, 5, 1)
+    assert window(row, 5, 1) == window(row, 5, 1)
+    assert window(row, 5, 1) != window(row, 5, 1, other)
     # numpy keeps the words of Philox, so a run goes on with another version of it
-    assert [made._window(row, index, 1)[0] for index in (5, 6, 2**40)] == [866, 207, 13]
-    assert [made._window(row[:n], 5, 1) for n in (39, 40)] == [row[:39], row[:40]]
-    assert {made._window(row[:41], i, 0)[0] for i in range(50)} == {0, 1}
+    assert [window(row, index, 1)[0] for index in (5, 6, 2**40)] == [866, 207, 13]
+    assert [window(row[:n], 5, 1) for n in (39, 40)] == [row[:39], row[:40]]
+    assert {window(row[:41], i, 0)[0] for i in range(50)} == {0, 1}
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -214,3 +219,42 @@ def test_a_damaged_text_ends_the_run_or_is_reported(tmp_path: Path, model: Path)
     batch = RankTexts(shards, order, encode, on_bad="skip", **settings)[0]
     assert [bad.index for bad in batch.bad] == [3]
     assert sorted(batch.index_B.tolist()) == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_every_window_begins_as_a_text_does(folders: dict[str, Path], tmp_path: Path) -> None:
+    """With a tokenizer that puts BOS in front: language models expect it at the first place."""
+    tokenizer = byte_tokenizer()
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    texts = batches(folders, tmp_path, "text")
+    plain = batches(folders, tmp_path, "text", max_tokens=10_000)
+    cut = 0
+    for step in range(texts.order.batches_per_epoch):
+        for short, whole in zip(texts[step].rows, plain[step].rows, strict=True):
+            assert short[0] == begin
+            assert len(short) == min(LONGEST, len(whole))
+            assert begin not in short[1:]
+            inside = whole.tolist()
+            assert any(
+                inside[i : i + len(short) - 1] == short[1:].tolist() for i in range(len(inside))
+            )
+            cut += len(whole) > LONGEST
+    assert cut > 10
+
+
+def test_a_rank_without_records_has_an_empty_batch(folders: dict[str, Path], model: Path) -> None:
+    class One:
+        batches_per_epoch = 1
+
+        def rank_records(self, step: int, rank: int, world: int) -> tuple[Any, Any]:
+            own = np.arange(1)[rank::world]
+            return own, np.zeros_like(own)
+
+    for name in ("text", "tokens"):
+        texts = batches(folders, model, name, rank=1, world_size=2)
+        texts.order = One()
+        batch = texts[0]
+        assert (len(batch.rows), batch.num_tokens, batch.source_B.tolist()) == (0, 0, [])
