@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +81,7 @@ def show(
     rows = [
         Choice("attention", name, why),
         *choices,
-        Choice(
-            "optimizer",
-            type(step.engine.basic_optimizer).__name__,
-            "DeepSpeed's kernel" if _is_deepspeeds(step.engine) else "torch's",
-        ),
+        optimizer_choice(step.engine),
         Choice("pooling", pool.choose_backend("auto", vectors), f"{device.type} kernel"),
         Choice("loss", many, f"{device.type}; plain where the batch is small"),
         Choice(
@@ -99,14 +96,22 @@ def show(
             f"{world} ranks" if world > 1 else "one rank",
         ),
     ]
+    show_choices(rows)
+
+
+def show_choices(rows: Sequence[Choice]) -> None:
+    """Print them as a table."""
     table = Table("what", "chosen", "why", title="how this run computes", title_justify="left")
     for row in rows:
         table.add_row(row.what, row.chosen, row.why)
     console.print(table)
 
 
-def _is_deepspeeds(engine: Any) -> bool:
-    return type(engine.basic_optimizer).__module__.startswith("deepspeed")
+def optimizer_choice(engine: Any) -> Choice:
+    """Whose optimizer an engine steps."""
+    kind = type(engine.basic_optimizer)
+    ours = kind.__module__.startswith("deepspeed")
+    return Choice("optimizer", kind.__name__, "DeepSpeed's kernel" if ours else "torch's")
 
 
 def _kept(step: GradCache) -> str:

@@ -65,7 +65,7 @@ def main(
                 console.print(f"{arm}: {last} nats a token", highlight=False)
             rows.write(out)
             drawn = over_seeds(
-                f"{recipe.model.path.name}: held-out loss",
+                f"{recipe.name}: held-out loss",
                 curves,
                 x_label="tokens",
                 y_label="nats a token",

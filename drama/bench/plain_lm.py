@@ -30,6 +30,7 @@ class PlainLM:
             optimizer=adamw(model, train, device, offloaded=False),
             config=config | {"steps_per_print": 2**31},
         )
+        self.grad_norm = 0.0
         self.seconds: dict[str, float] = {}
 
     def step(self, passes: Sequence[Mapping[str, Tensor]]) -> float:
@@ -45,7 +46,7 @@ class PlainLM:
             if number < len(passes):
                 self.engine.step()
             total += loss.item() / len(passes)
-        step_engine(self.engine)
+        self.grad_norm = step_engine(self.engine)
         watch.lap("step")
         self.seconds = watch.seconds
         return total

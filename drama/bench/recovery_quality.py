@@ -6,6 +6,7 @@ all arms, so arms differ by their loss alone, at equal tokens.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from drama.distributed import Ranks
 from drama.prune.output import REPORT_NAME
 from drama.prune.recovery import Recoverer
 from drama.prune.recovery_recipe import RecoveryRecipe
+from drama.settings import check_same_run
 from drama.testing import read_metrics
 
 # by name, the weights of the loss
@@ -39,18 +41,37 @@ def compare(
             weights = {f"loss__{name}": x for name, x in ARMS[arm].items()}
             changed = recipe.with_values(output=str(folder), seed=seed, **weights)
             console.rule(f"{arm}, seed {seed}")
-            if not (folder / "model").is_dir():
+            if not _is_done(changed):
                 recoverer = Recoverer(changed, ranks)
                 recoverer.run()
                 recoverer.engine.destroy()
+                del recoverer
+                gc.collect()  # the engine's hooks hold on to it in circles
             curves.setdefault(arm, []).append(_curve(folder))
     for arm, runs in curves.items():
         for point in zip(*runs, strict=True):
             tokens = [n for n, _ in point]
             losses = [x for _, x in point]
-            config = {"losses": losses, "tokens": tokens, "loss": ARMS[arm], **_facts(recipe)}
-            rows.add(arm, "held-out", "nats/token", f"{tokens[0]:,} tokens", losses, config)
+            facts = _facts(RecoveryRecipe.load(_folder(recipe, arm, 0) / "recipe.yaml"))
+            config = {"losses": losses, "tokens": tokens, "loss": ARMS[arm], **facts}
+            seen = round(sum(tokens) / len(tokens))
+            rows.add(arm, "held-out", "nats/token", f"{seen:,} tokens", losses, config)
     return curves
+
+
+def _is_done(recipe: RecoveryRecipe) -> bool:
+    """Whether this very run has ended.
+
+    Raises:
+        UserError: its folder holds another one.
+    """
+    if not (recipe.output / "model" / REPORT_NAME).is_file():
+        return False
+    stored = RecoveryRecipe.load(recipe.output / "recipe.yaml")
+    if recipe.train.precision == "auto":
+        recipe = recipe.with_values(train__precision=stored.train.precision)
+    check_same_run(stored, recipe, {})
+    return True
 
 
 def _folder(recipe: RecoveryRecipe, arm: str, seed: int) -> Path:
@@ -58,9 +79,8 @@ def _folder(recipe: RecoveryRecipe, arm: str, seed: int) -> Path:
 
 
 def _recovery_facts(run: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((run / "model" / REPORT_NAME).read_text(encoding="utf-8"))[
-        "recovery"
-    ]
+    text = (run / "model" / REPORT_NAME).read_text(encoding="utf-8")
+    facts: dict[str, Any] = json.loads(text)["recoveries"][-1]
     return facts
 
 
@@ -77,7 +97,7 @@ def _curve(run: Path) -> list[tuple[int, float]]:
 
 def _facts(recipe: RecoveryRecipe) -> dict[str, Any]:
     return {
-        "model": recipe.model.path.name,
+        "name": recipe.name,
         "steps": recipe.train.steps,
         "batch_texts": recipe.train.batch_texts,
         "lr": recipe.train.lr,

@@ -290,7 +290,7 @@ class Pruner:
             dead = {k: int((gates.z[k][kept] == 0).sum()) for k, kept in gates.kept.items()}
             warn_of_masks(self.masks, sparsity, dead)
             facts = {
-                "model": str(self.recipe.model.path),
+                "model": str(self.recipe.model.path.resolve()),
                 "method": "learned masks",
                 "expected_sparsity": sparsity,
                 "kept_at_zero": dead,

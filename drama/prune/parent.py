@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from drama.attention import ATTENTION_NAME
+from drama.console import console
 from drama.errors import UserError
 from drama.prune.output import REPORT_NAME
 from drama.prune.predictions import Chunk
@@ -41,7 +42,7 @@ class Parent:
         kept = shared_ids(own, config.vocab_size, tokenizer, vocab_size, path)
         if kept is not None:
             model = cut_vocabulary(model, kept)
-        self.shape = Shape.of(config)
+        self.shape, self.max_tokens = Shape.of(config), config.max_position_embeddings
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model.to(device).requires_grad_(False)
 
@@ -80,11 +81,16 @@ def align(student: Path, layers: int, parent: Shape) -> Alignment:
 
     A block's output should be what the parent's next block that stayed reads, the last one's what
     the parent's head reads. Cuts of cuts are followed back to a model of the parent's shape. Where
-    the origin is unknown, blocks are paired by depth, and nothing is known of the channels.
+    the origin is unknown, blocks are paired by depth, nothing is known of the channels, and a
+    warning says so.
     """
     kept, channels = _origin(student, parent)
     if kept is None or len(kept) != layers:
         kept, channels = [i * parent.layers // layers for i in range(layers)], None
+        console.print(
+            f"[yellow]warning:[/] {REPORT_NAME} of {student} does not lead back to the parent: "
+            "states are paired by depth, through a map that begins at random"
+        )
     after = [*(block - 1 for block in kept[1:]), parent.layers - 1]
     return Alignment(tuple(enumerate(after)), None if channels is None else tuple(channels))
 
@@ -93,7 +99,9 @@ def _origin(folder: Path, parent: Shape) -> tuple[list[int] | None, list[int] | 
     """Layers and channels of the parent that a chain of cuts has left."""
     layers: list[int] | None = None
     channels: list[int] | None = None
-    while True:
+    seen: set[Path] = set()
+    while folder.resolve() not in seen:  # a folder may have been moved over its own source
+        seen.add(folder.resolve())
         try:
             facts = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
             plan, source, folder = facts.get("plan"), facts["source"], Path(facts["model"])
@@ -103,4 +111,6 @@ def _origin(folder: Path, parent: Shape) -> tuple[list[int] | None, list[int] | 
             layers = [plan["layers"][i] for i in layers] if layers else plan["layers"]
             channels = [plan["hidden"][i] for i in channels] if channels else plan["hidden"]
         if source == vars(parent):
-            return layers, channels
+            everything = list(range(parent.layers)), list(range(parent.hidden))
+            return (layers, channels) if layers else everything
+    return None, None

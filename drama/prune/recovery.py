@@ -10,7 +10,6 @@ in `drama.prune.recovery_step`.
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,22 @@ from drama import checkpoint
 from drama.console import console, progress
 from drama.distributed import Ranks
 from drama.errors import UserError
+from drama.files import recovered
 from drama.fusion import choose_liger, use_liger
 from drama.hf import build_lm
 from drama.loading import BadRecords
 from drama.metrics import peak_flops, with_precision
-from drama.optimizer import Pace, settle_reduction, start_engine
+from drama.optimizer import settle_reduction, start_engine
 from drama.prune.output import REPORT_NAME, check_out, write_model
 from drama.prune.parent import Parent, align
 from drama.prune.predictions import MaskedNextToken, NextToken, Objective, find_mask_id
 from drama.prune.recovery_data import Texts
 from drama.prune.recovery_recipe import RecoveryEvalRecipe, RecoveryRecipe, RecoveryStepRecipe
-from drama.prune.recovery_step import RecoveryStep, StepOutput
+from drama.prune.recovery_step import RecoveryStep
 from drama.prune.recovery_telemetry import RecoveryTelemetry, losses_by_source
 from drama.prune.source import find_llm, load_model, load_tokenizer, read_config
 from drama.prune.student import Student
+from drama.resume import check_finite, choose_start, count_steps, prolongable
 from drama.settings import check_same_run
 from drama.tokenizer import TextEncoder, appending_eos
 
@@ -50,6 +51,11 @@ _FREE_KEYS = {
 }
 
 
+def free_keys(recipe: RecoveryRecipe) -> dict[str, set[str]]:
+    """What of a recipe may differ when its run goes on, by section."""
+    return _FREE_KEYS | {"train": _FREE_KEYS["train"] | prolongable(recipe.train)}
+
+
 class Recoverer:
     """Builds everything from a recipe; `run` trains and returns the folder of the model.
 
@@ -62,28 +68,33 @@ class Recoverer:
         self.recipe, stored = with_precision(recipe, ranks)
         recipe = self.recipe
         if stored is not None:
-            check_same_run(stored, recipe, _FREE_KEYS)
+            check_same_run(stored, recipe, free_keys(recipe))
         dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         torch.manual_seed(recipe.seed)
         self.where = find_llm(recipe.model.path)
-        self.config = read_config(self.where)
-        self._check_length()
+        self.config = read_config(self.where, causal=recipe.loss.objective == "lm")
+        check_length(recipe, self.where.name, self.config.max_position_embeddings)
         self.tokenizer = load_tokenizer(self.where, self.config.vocab_size)
         reader = load_tokenizer(self.where, self.config.vocab_size)  # the model keeps its own
         reader = appending_eos(reader, self.where.name)
         self.objective = self._objective(reader)
         self.texts = Texts(recipe, TextEncoder(reader), ranks)
         self.bad = BadRecords(recipe.output)
-        self.num_steps = self._count_steps()
+        self.num_steps = count_steps(
+            recipe.train.steps, recipe.train.epochs, self.texts.order.batches_per_epoch
+        )
+        self.start, self.pace = choose_start(recipe.output, recipe.train, self.num_steps)
         model = load_model(self.where, self.config)
         self.generation_config = model.generation_config
         self._check_out(sum(weight.numel() for weight in model.parameters()))
         self.parent: Parent | None = None
-        if path := recipe.model.parent:
+        imitates = recipe.loss.kl or recipe.loss.hidden
+        # one that is only a reference is judged before the first step and then let go
+        if recipe.model.parent and (imitates or self.start is None):
             rows = self.config.vocab_size
-            self.parent = Parent(path, reader, rows, ranks.device, dtype)
+            self.parent = Parent(recipe.model.parent, reader, rows, ranks.device, dtype)
+            check_length(recipe, str(recipe.model.parent), self.parent.max_tokens)
         self.student = self._student(model)
-        self.pace = Pace.of(recipe.train, self.num_steps)
         self.engine = start_engine(
             self.student,
             recipe.train,
@@ -92,11 +103,12 @@ class Recoverer:
             output=recipe.output,
             ranks=ranks,
         )
+        self.reduction = settle_reduction(self.engine, recipe.step.grad_reduction)
         self.step_runner = RecoveryStep(
             self.engine,
             self.objective,
             recipe.train.token_budget,
-            reduction=settle_reduction(self.engine, recipe.step.grad_reduction),
+            reduction=self.reduction,
             num_sources=len(self.texts.sources),
             parent=self.parent,
             alignment=self.student.alignment,
@@ -109,21 +121,16 @@ class Recoverer:
             texts=self.texts,
             parent=self.parent,
         )
-        self.before: dict[str, dict[str, Any]] = {}  # held-out losses of student and parent
+        self.before: dict[str, Any] = {}  # held-out losses of student and parent, and which texts
 
     # -- building -----------------------------------------------------------------------------
-
-    def _check_length(self) -> None:
-        length, limit = self.recipe.data.length, self.config.max_position_embeddings
-        if length > limit:
-            raise UserError(
-                f"data.length {length} is beyond the {limit} tokens that {self.where.name} was "
-                f"made for; the most is {limit}"
-            )
 
     def _check_out(self, num_weights: int) -> None:
         keep = self.recipe.train.keep_last
         size = num_weights * (4 + CHECKPOINT_BYTES * (keep + 1))
+        for name in ("checkpoints", "model"):  # of a run that goes on
+            files = (self.recipe.output / name).rglob("*")
+            size -= sum(path.stat().st_size for path in files if path.is_file())
         what = f"the model with {keep} checkpoints and one being written"
         for path in filter(None, (self.where.path, self.recipe.model.parent)):
             check_out(self.recipe.output / "model", path, size, what)
@@ -140,7 +147,8 @@ class Recoverer:
         alignment = None
         if parent is not None and recipe.loss.hidden:
             alignment = align(self.where.folder, self.config.num_hidden_layers, parent.shape)
-        if choose_liger(recipe.step.liger, self.ranks.device)[0]:
+        self.liger = choose_liger(recipe.step.liger, self.ranks.device)
+        if self.liger[0]:
             use_liger(model.model, self.ranks.device.type)
         return Student(
             model,
@@ -150,13 +158,6 @@ class Recoverer:
             parent_width=parent.shape.hidden if parent else 0,
             recompute=recipe.step.recompute_blocks,
         ).train()
-
-    def _count_steps(self) -> int:
-        train = self.recipe.train
-        if train.steps is not None:
-            return train.steps
-        assert train.epochs is not None
-        return max(1, math.ceil(train.epochs * self.texts.order.batches_per_epoch))
 
     def _inputs(self) -> dict[str, Any]:
         """Hashes of what the run reads: a path may come to hold something else."""
@@ -176,12 +177,16 @@ class Recoverer:
         """Train to the last step from the newest whole checkpoint; return RUN/model."""
         recipe, output = self.recipe, self.recipe.output
         inputs = self._inputs()
-        found = checkpoint.whole_checkpoints(output / "checkpoints")
-        first = self._resume(found[-1], inputs) if found else self._begin()
+        first = checkpoint.step_of(self.start) if self.start else 0
         if self.ranks.is_main:
+            recovered(output / "model")
             recipe.save(output / "recipe.yaml")
             self.bad.forget(first)
+        if self.start:
+            self._resume(self.start, inputs)
+        self._begin()
         console.print(self.telemetry.headline(first, self.num_steps), highlight=False)
+        self.telemetry.show(self.reduction, self.liger)
         evaluation = None
         with progress(disable=not self.ranks.is_main) as bar:
             self.telemetry.open(first, bar, self.num_steps)
@@ -193,7 +198,8 @@ class Recoverer:
                 self.bad.report(step, batch.bad)
                 rate = self.engine.get_lr()[0]
                 result = self.step_runner.step(batch)
-                self._check_finite(step, result)
+                figures = {"loss": result.loss, "grad_norm": result.grad_norm}
+                check_finite(self.ranks, output, step, **figures)
                 done, seconds = step + 1, time.perf_counter() - began
                 self.texts.observe(result.sums_S, result.counts_S)
                 evaluation = self._evaluate(done)
@@ -216,43 +222,48 @@ class Recoverer:
         self._conclude(evaluation)
         return output / "model"
 
-    def _begin(self) -> int:
-        """Losses before the first step; a parent's are what the sources' weights are set by."""
-        if self.texts.held_out is not None:
-            self.before["student"] = self._losses()
-            if self.parent is not None:
-                self.before["parent"] = self._losses(parent=True)
-        if self.recipe.data.update_every:
-            self.texts.follow(self.before["parent"]["by_source"])
-        return 0
+    def _begin(self) -> None:
+        """Judge the student before the first step, and its parent, whom the weights follow.
 
-    def _resume(self, folder: Path, inputs: dict[str, Any]) -> int:
+        A run that goes on has done it; not where it is judged by other texts now.
+        """
+        fresh = self.start is None
+        if self.before.get("judge") != self.texts.judge:
+            if self.before:
+                console.print("eval: held-out texts are others than before; earlier losses go")
+            self.before = {"judge": self.texts.judge}
+            if self.texts.held_out is not None and fresh:
+                self.before["student"] = self._losses()
+            if self.texts.held_out is not None and self.parent is not None:
+                self.before["parent"] = self._losses(parent=True)
+        if fresh and self.recipe.data.update_every:
+            self.texts.follow(self.before["parent"]["by_source"])
+        if not self.step_runner.imitates:
+            self.parent = self.step_runner.parent = self.telemetry.parent = None
+
+    def _resume(self, folder: Path, inputs: dict[str, Any]) -> None:
         first, extra = checkpoint.load(self.engine, folder, inputs)
         self.before = extra["before"]
         for note in self.texts.resume(extra["texts"], first):
             console.print(f"data: {note}", markup=False)
-        return first
 
     def _losses(self, *, parent: bool = False) -> dict[str, Any]:
         names = self.texts.held_out_sources
         assert self.texts.held_out is not None
         sums, counts = self.step_runner.evaluate(self.texts.held_out, len(names), parent=parent)
+        if not sum(counts):
+            raise UserError("eval.shards: no held-out text has two tokens; give longer ones")
         by_source = losses_by_source(names, sums, counts)
-        return {"loss": sum(sums) / max(1, sum(counts)), "by_source": by_source}
+        return {"loss": sum(sums) / sum(counts), "by_source": by_source}
 
     def _evaluate(self, done: int) -> dict[str, Any] | None:
         due = done % self.recipe.eval.every == 0 or done == self.num_steps
-        return self._losses() if due and self.texts.held_out is not None else None
-
-    def _check_finite(self, step: int, result: StepOutput) -> None:
-        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-            return
-        saved = checkpoint.whole_checkpoints(self.recipe.output / "checkpoints")
-        raise UserError(
-            f"step {step} diverged (loss {result.loss}, grad_norm {result.grad_norm}) and nothing "
-            f"of it is saved; the last good checkpoint: {saved[-1] if saved else 'none yet'}; "
-            "lower train.lr or lengthen the warm-up, in another output"
-        )
+        if not due or self.texts.held_out is None:
+            return None
+        found = self._losses()
+        held_out = {"held-out loss": found["loss"]}
+        check_finite(self.ranks, self.recipe.output, done - 1, **held_out)
+        return found
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -262,9 +273,13 @@ class Recoverer:
             self.recipe.output / "checkpoints",
             done,
             inputs=inputs,
-            extra={"before": self.before, "texts": self.texts.state(done)},
+            extra={
+                "before": self.before,
+                "texts": self.texts.state(done),
+                "pace": self.pace,
+            },
             keep_last=self.recipe.train.keep_last,
-            flat_until=0,
+            flat_until=self.pace.flat_until,
             write_model=lambda folder: self._write_model(folder, done, evaluation),
         )
 
@@ -282,29 +297,44 @@ class Recoverer:
             dist.barrier()
 
     def _facts(self, done: int, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+        """Those of the cut, and one entry for each recovery since."""
         path = self.where.folder / REPORT_NAME
-        facts: dict[str, Any] = {"model": str(self.where.path)}
+        facts: dict[str, Any] = {"model": str(self.where.path.resolve())}
         if path.is_file():
             facts = json.loads(path.read_text(encoding="utf-8"))
-        facts["recovery"] = {
-            "from": str(self.where.path),
-            "parent": str(self.recipe.model.parent) if self.parent else None,
-            "objective": self.recipe.loss.objective,
+        parent = self.recipe.model.parent
+        found = {
+            "from": str(self.where.path.resolve()),
+            "parent": str(parent.resolve()) if parent else None,
+            "loss": self.recipe.loss.model_dump(),
             "steps": done,
-            "losses_before": self.before,
+            "losses_before": {k: x for k, x in self.before.items() if k != "judge"},
             "losses_after": evaluation,
         }
-        return facts
+        return facts | {"recoveries": [*facts.get("recoveries", []), found]}
 
     def _conclude(self, evaluation: dict[str, Any] | None) -> None:
         if evaluation is None:
             return
-        before, parent = self.before["student"], self.before.get("parent")
-        lines = {"held-out loss": [x and x["loss"] for x in (before, evaluation, parent)]}
-        for name, loss in evaluation["by_source"].items():
-            others = [x and x["by_source"][name] for x in (before, parent)]
-            lines[f"  {name}"] = [others[0], loss, others[1]]
-        for what, (first, last, goal) in lines.items():
-            of_parent = "" if goal is None else f", its parent {goal:.3f}"
-            console.print(f"{what}: {first:.3f} before, {last:.3f} after{of_parent}",
-                          highlight=False, markup=False)  # fmt: skip
+        found = {"before": self.before.get("student"), "after": evaluation}
+        found["of its parent"] = self.before.get("parent")
+        rows = {"held-out loss": {when: x["loss"] for when, x in found.items() if x}}
+        for name in evaluation["by_source"]:
+            rows[f"  {name}"] = {when: x["by_source"][name] for when, x in found.items() if x}
+        for what, losses in rows.items():
+            shown = ", ".join(f"{loss:.3f} {when}" for when, loss in losses.items())
+            console.print(f"{what}: {shown}", highlight=False, markup=False)
+
+
+def check_length(recipe: RecoveryRecipe, name: str, limit: int) -> None:
+    """Refuse texts that are longer than a model was made for.
+
+    Raises:
+        UserError: with both lengths.
+    """
+    length = recipe.data.length
+    if length > limit:
+        raise UserError(
+            f"data.length {length} is beyond the {limit} tokens that {name} was made for; the "
+            f"most is {limit}"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from drama.console import console
 from drama.data.mixture import Mixture, training_order
 from drama.data.order import LaneOrder
 from drama.data.remote import PieceCache
@@ -15,7 +16,7 @@ from drama.data.stream import ShardSet
 from drama.data.texts import RankTexts, TextBatch
 from drama.distributed import Ranks
 from drama.errors import UserError
-from drama.loading import check_held_out, load_ahead
+from drama.loading import check_held_out, check_lanes_feed, load_ahead
 from drama.prune.domains import DomainWeights
 from drama.prune.recovery_recipe import RecoveryRecipe
 from drama.tokenizer import TextEncoder
@@ -34,10 +35,24 @@ class _Listed:
         return own, np.zeros_like(own)
 
 
+def _spread(shards: ShardSet, most: int) -> np.ndarray:
+    """Record numbers evenly spread, as sources lie one after another; of a rare source some more
+    than its share."""
+    chosen = [np.arange(most) * len(shards) // most]
+    source_N = shards.source_numbers(np.arange(len(shards)))
+    least = max(1, most // (4 * len(shards.sources)))
+    for source in range(len(shards.sources)):
+        own = np.flatnonzero(source_N == source)
+        if np.isin(chosen[0], own).sum() < least:
+            chosen.append(own[np.arange(least) * len(own) // least])
+    return np.unique(np.concatenate(chosen))
+
+
 class Texts:
     """What one rank reads.
 
-    held_out: its part of the held-out texts, tokenised once; None without any.
+    held_out: its part of the held-out texts, tokenised once; None without any. judge: which these
+    are.
 
     Raises:
         UserError: shards that do not fit the recipe or the ranks, held-out ones that are trained
@@ -47,11 +62,7 @@ class Texts:
     def __init__(self, recipe: RecoveryRecipe, encoder: TextEncoder, ranks: Ranks) -> None:
         self.recipe, self.encoder, self.ranks = recipe, encoder, ranks
         data = recipe.data
-        if ranks.world_size > data.lanes:
-            raise UserError(
-                f"data.lanes {data.lanes} feeds at most {data.lanes} ranks, here are "
-                f"{ranks.world_size}; raise data.lanes"
-            )
+        check_lanes_feed(data.lanes, ranks.world_size)
         self.shards = self._open(data.shards)
         self.order = self._order(data.weights)
         self.batches = self._texts(self.shards, self.order)
@@ -59,6 +70,7 @@ class Texts:
         self.domains: DomainWeights | None = None
         self.held_out: TextBatch | None = None
         self.held_out_sources: list[str] = []
+        self.judge: dict[str, Any] = {}
         if recipe.eval.shards:
             self._hold_out()
         if data.update_every:
@@ -108,10 +120,15 @@ class Texts:
         chosen = self.recipe.eval
         check_held_out(chosen.shards, self.shards)
         shards = self._open(chosen.shards)
-        # evenly spread: sources lie one after another
-        index_B = np.arange(chosen.max_texts) * len(shards) // chosen.max_texts
-        texts = self._texts(shards, _Listed(np.unique(index_B)))
+        texts = self._texts(shards, _Listed(_spread(shards, chosen.max_texts)))
         self.held_out, self.held_out_sources = texts[0], texts.sources
+        for bad in self.held_out.bad:
+            console.print(f"eval: left out: {bad.message}", markup=False)
+        self.judge = {
+            "shards": shards.sha256,
+            "max_texts": chosen.max_texts,
+            "length": self.recipe.data.length,
+        }
 
     # -- weights that follow the losses ---------------------------------------------------------
 
@@ -196,6 +213,13 @@ class Texts:
     def resume(self, state: Mapping[str, Any], step: int) -> list[str]:
         """Go on from what `state` gave; return what is not as it was."""
         if state["domains"] is not None and self.recipe.data.update_every:
+            before = set(state["domains"]["weights"])
+            if before != set(self.sources):
+                raise UserError(
+                    "data.shards: this run's sources were "
+                    f"{', '.join(sorted(before))}, now they are {', '.join(self.sources)}, and "
+                    "data.update_every weighs what it began with; give another output"
+                )
             self.domains = self._weights(state["domains"]["reference"])
             self.domains.load(state["domains"])
         return self._reorder(state["order"], step)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from drama.recipe import OnOff, ShardFolder, ShardsRecipe, check_lanes
-from drama.settings import Optimization, Positive, Settings, Strict
+from drama.settings import Beta, Optimization, Positive, Settings, Strict
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -53,10 +53,7 @@ class RecoveryTrainRecipe(Optimization):
     epochs: Annotated[float, Field(gt=0)] | None = None
     token_budget: Positive = 8192  # tokens a chunk: memory, not mathematics
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.95,
-    )
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: Weight = 0.0
 
 
@@ -121,14 +118,23 @@ class RecoveryRecipe(Settings):
             )
         if not (loss.lm or imitates):
             raise ValueError("loss: all weights are 0; give one of lm, kl and hidden")
-        if loss.objective == "mntp" and (imitates or not loss.lm):
-            raise ValueError(
-                "loss.objective mntp has no parent to imitate, which reads from the left only; set "
-                "loss.kl and loss.hidden 0 and loss.lm above it"
-            )
+        if loss.objective == "mntp":
+            self._fits_mntp()
         if data.update_every:
             self._fits_updates()
         return self
+
+    def _fits_mntp(self) -> None:
+        if self.model.parent is not None or not self.loss.lm:
+            raise ValueError(
+                "loss.objective mntp: a parent reads from the left only, so there is nothing to "
+                "imitate; set model.parent null, loss.kl and loss.hidden 0, and loss.lm above it"
+            )
+        if self.rounds is not None:
+            raise ValueError(
+                "loss.objective mntp does not go with rounds, which cut a model that reads from "
+                "the left; run it once more after them"
+            )
 
     def _fits_updates(self) -> None:
         if self.model.parent is None or not self.eval.shards:

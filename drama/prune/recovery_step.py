@@ -143,7 +143,8 @@ class RecoveryStep:
         lengths = batch.rows.lengths
         order = sorted(range(len(lengths)), key=lambda i: int(lengths[i]))
         ordered = [int(lengths[i]) for i in order]
-        count = torch.tensor(count_chunks(ordered, self.token_budget))
+        # one at least: an optimizer's step without any gradient is an error to DeepSpeed
+        count = torch.tensor(max(1, count_chunks(ordered, self.token_budget)))
         if self.world_size > 1:
             dist.all_reduce(count, op=dist.ReduceOp.MAX, group=host_group())
         if not order:

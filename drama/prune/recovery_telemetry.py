@@ -6,10 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from rich.progress import Progress, TaskID
 
+from drama import attention
+from drama.choices import Choice, optimizer_choice, show_choices
 from drama.data.texts import TextBatch
 from drama.distributed import Ranks
+from drama.kernels import linear_loss
 from drama.metrics import MetricsFile, forward_flops, peak_memory_mib
 from drama.prune.parent import Parent
 from drama.prune.recovery_data import Texts
@@ -68,6 +72,35 @@ class RecoveryTelemetry:
             f"{self.engine.zero_optimization_stage()} on {self.ranks.world_size} "
             f"{self.ranks.device.type} ranks\n{len(self.texts.shards):,} texts, {num_steps:,} "
             f"steps of {recipe.train.batch_texts:,}{resumed}; {tokens}"
+        )
+
+    def show(self, reduction: str, liger: tuple[bool, str]) -> None:
+        """Print what the run computes with, and why."""
+        device = self.ranks.device
+        dtype = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
+        engine, recompute = self.engine, self.recipe.step.recompute_blocks
+        width = engine.module.lm.config.hidden_size
+        loss = linear_loss.choose_backend("auto", torch.empty(1, width, dtype=dtype, device=device))
+        often = "one full gradient a rank" if reduction == "step" else "no full gradient a rank"
+        show_choices(
+            [
+                Choice("attention", *attention.choose_backend(device.type, dtype)),
+                Choice("loss", loss, f"{device.type}; no logits are whole"),
+                Choice(
+                    "norm, SwiGLU, RoPE", "Liger-Kernel" if liger[0] else "transformers", liger[1]
+                ),
+                Choice(
+                    "activations",
+                    "block inputs only" if recompute else "all kept",
+                    f"step.recompute_blocks: {str(recompute).lower()}",
+                ),
+                Choice(
+                    "gradient reduction",
+                    "once a step" if reduction == "step" else "after each chunk",
+                    often if engine.zero_optimization_stage() else "ZeRO 0 adds up locally",
+                ),
+                optimizer_choice(engine),
+            ]
         )
 
     def record(

@@ -151,7 +151,7 @@ def prune(
     dtype = pass_dtype(device)
     console.print(f"forward passes: {dtype} on {device.type}".replace("torch.", ""))
     small = model
-    facts: dict[str, Any] = {"model": str(model_path)}
+    facts: dict[str, Any] = {"model": str(Path(model_path).resolve())}
     if text is not None and calibration is not None:
         statistics = collect(model, text.scoring, dtype)
         layer_rows = text.scoring[: -(-len(text.scoring) // LAYER_SHARE)]

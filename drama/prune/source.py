@@ -131,11 +131,14 @@ def _check_weights(folder: Path) -> None:
         )
 
 
-def read_config(source: Source) -> Any:
+def read_config(source: Source, *, causal: bool = True) -> Any:
     """The configuration that the model is pruned under: a Llama's or a Qwen3's.
 
+    causal: it is going to be read from the left, so it must be a model that does.
+
     Raises:
-        UserError: unreadable, or of another family.
+        UserError: unreadable, of another family, or a bidirectional model that is to be read as a
+            causal one.
     """
     try:
         with quiet():
@@ -149,6 +152,12 @@ def read_config(source: Source) -> Any:
         raise UserError(
             f"{source.name}: architecture '{config.model_type}' cannot be pruned; give a model of "
             f"the families {', '.join(FAMILIES)}" + nearest(config.model_type, FAMILIES)
+        )
+    sees_both = getattr(config, "is_causal", None) is False
+    if causal and (sees_both or getattr(config, "use_bidirectional_attention", False)):
+        raise UserError(
+            f"{source.name}: sees both sides of a token (is_causal false), and would be read from "
+            "the left only; give the language model that it was made from"
         )
     return _as_pruned(config)
 

@@ -100,3 +100,16 @@ def test_states_of_unknown_origin_are_paired_by_depth(tmp_path: Path) -> None:
     assert found.channels is None
     lost = note(tmp_path / "1", Shape(9, 8, 2, 2, 8, 4), tmp_path, layers=[0, 4, 5], hidden=[0])
     assert align(lost, 3, SHAPE).channels is None
+
+
+def test_a_cut_of_the_vocabulary_alone_leaves_states_where_they_were(tmp_path: Path) -> None:
+    found = align(note(tmp_path / "1", SHAPE, tmp_path), 6, SHAPE)
+    assert found.pairs == tuple((i, i) for i in range(6))
+    assert found.channels == tuple(range(8))
+
+
+def test_a_report_that_names_itself_ends(tmp_path: Path) -> None:
+    """A cut that was moved over the model that it was made from."""
+    mid = Shape(layers=4, hidden=6, heads=2, kv_heads=2, ffn=8, head_dim=4)
+    cut = note(tmp_path / "1", mid, tmp_path / "1", layers=[0, 1], hidden=[0])
+    assert align(cut, 2, SHAPE).channels is None

@@ -16,12 +16,15 @@ import torch.nn.functional as F
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
+from drama.data.records import Document, Record
 from drama.data.sharding import ShardingOptions, shard_sources
 from drama.data.sources import Source
+from drama.data.stream import ShardSet
+from drama.data.writer import write_shards
 from drama.distributed import Ranks
 from drama.encoder import Encoder
 from drama.prune.output import REPORT_NAME, write_model
-from drama.prune.recovery_data import Texts
+from drama.prune.recovery_data import Texts, _spread
 from drama.prune.recovery_recipe import RecoveryRecipe
 from drama.prune.run import prune
 from drama.testing import byte_tokenizer, read_metrics, run_alone, run_deepspeed, tiny_llama
@@ -52,6 +55,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shard_sources(
         [Source.parse(f"code={folder / 'code.txt'}")], folder / "only-code", ShardingOptions()
     )
+    tiny_llama(folder / "both", is_causal=False)
     tokens = tiny_llama(folder / "other") / "tokenizer.json"
     tokens.write_text(tokens.read_text().replace('"a":', '"aa":'))
     prune(
@@ -92,7 +96,9 @@ def stages(world: Path) -> Path:
         f"chunk{stage}=train.deepspeed=zero{stage};step.grad_reduction=chunk" for stage in (2, 3)
     ]
     runs += ["recomputed=train.deepspeed=zero1;step.recompute_blocks=true;train.token_budget=512"]
-    runs += [f"bf16=train.deepspeed=zero3;train.precision=bf16;model.path={world / 'qwen3'}"]
+    other = f"train.deepspeed=zero3;train.precision=bf16;model.path={world / 'qwen3'}"
+    # three held-out texts for two ranks
+    runs += [f"bf16={other};eval.max_texts=3"] * 2
     done = run_deepspeed(WORKER, str(world / "recipe.yaml"), str(out), *runs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out
@@ -180,10 +186,10 @@ def test_every_stage_learns_as_one_process_does(
         np.testing.assert_allclose(a, b, rtol=1e-4, err_msg=key)
 
 
-def held_out_loss(folder: Path, world: Path) -> float:
+def held_out_loss(folder: Path, world: Path, max_texts: int = 20) -> float:
     """Of the held-out texts that a run judges by, text by text through transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    recipe = RecoveryRecipe.load(world / "recipe.yaml")
+    recipe = RecoveryRecipe.load(world / "recipe.yaml", [f"eval.max_texts={max_texts}"])
     encoder = TextEncoder(load_tokenizer(folder))
     texts = Texts(recipe, encoder, Ranks(0, 1, torch.device("cpu")))
     total = count = 0.0
@@ -201,17 +207,19 @@ def held_out_loss(folder: Path, world: Path) -> float:
 def test_the_written_model_is_the_trained_one(
     world: Path, stages: Path, name: str, limit: float
 ) -> None:
-    folder = stages / name / "model"
+    folder, texts = stages / name / "model", 3 if name == "bf16" else 20
     last = read_metrics(stages / name)[-1]["evaluation"]
-    assert held_out_loss(folder, world) == pytest.approx(last["loss"], rel=limit)
+    assert held_out_loss(folder, world, texts) == pytest.approx(last["loss"], rel=limit)
     assert last["perplexity"] == pytest.approx(np.exp(last["loss"]))
     assert last.keys() == {"loss", "loss code", "loss de", "perplexity"}
-    facts = json.loads((folder / REPORT_NAME).read_text())
-    assert facts["recovery"]["losses_after"]["loss"] == last["loss"]
-    before = facts["recovery"]["losses_before"]
+    (facts,) = json.loads((folder / REPORT_NAME).read_text())["recoveries"]
+    assert facts["losses_after"]["loss"] == last["loss"]
+    before = facts["losses_before"]
     source = world / ("qwen3" if name == "bf16" else "cut")
-    assert before["student"]["loss"] == pytest.approx(held_out_loss(source, world), rel=limit)
-    parent = held_out_loss(world / "parent", world)
+    assert before["student"]["loss"] == pytest.approx(
+        held_out_loss(source, world, texts), rel=limit
+    )
+    parent = held_out_loss(world / "parent", world, texts)
     assert before["parent"]["loss"] == pytest.approx(parent, rel=limit)
     assert last["loss"] < before["student"]["loss"]
     assert AutoTokenizer.from_pretrained(folder)("x").input_ids
@@ -233,10 +241,20 @@ def test_what_a_line_says(stages: Path) -> None:
     assert "evaluation" not in first
 
 
+def test_two_ranks_go_on_from_a_checkpoint(stages: Path) -> None:
+    """The Qwen3 in bf16 took its last steps twice, the second time from the checkpoint before."""
+    found = read_metrics(stages / "bf16")
+    assert [line["step"] for line in found] == list(range(STEPS))
+    assert (stages / "bf16" / "checkpoints" / f"step-{STEPS}").is_dir()
+
+
 def start(world: Path, out: Path, *settings: str) -> subprocess.Popen[bytes]:
     options = [x for s in (f"output={out}", *settings) for x in ("--set", s)]
     command = [sys.executable, str(LAUNCHER), "--recipe", str(world / "recipe.yaml"), *options]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
 
 
 def test_a_killed_run_goes_on_to_the_last_bit(world: Path, tmp_path: Path) -> None:
@@ -264,6 +282,40 @@ def test_a_killed_run_goes_on_to_the_last_bit(world: Path, tmp_path: Path) -> No
     assert len(set(weights)) == STEPS, "the weights did not follow the losses"
 
 
+def test_held_out_texts_may_come_later(world: Path, tmp_path: Path) -> None:
+    """A run that was begun without them is judged from then on; other ones drop what was said."""
+    run = ("train.steps=4", "train.schedule=constant", "loss.hidden=0")
+    assert start(world, tmp_path / "run", *run, "eval.shards=[]").wait(300) == 0
+    assert "evaluation" not in read_metrics(tmp_path / "run")[-1]
+    assert start(world, tmp_path / "run", *run, "train.steps=5").wait(300) == 0
+    found = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in found] == list(range(5))
+    assert found[-1]["evaluation"]["loss"] > 0
+    report = json.loads((tmp_path / "run" / "model" / REPORT_NAME).read_text())
+    assert report["recoveries"][0]["losses_before"].keys() == {"parent"}
+
+
+def test_sources_may_not_change_where_weights_follow_them(world: Path, tmp_path: Path) -> None:
+    settings = ("data.update_every=1", "train.schedule=constant", "loss.hidden=0")
+    only = f"data.shards=[{world / 'only-code'}]"
+    assert start(world, tmp_path, *settings, only, "train.steps=2").wait(300) == 0
+    options = [x for s in (*settings, f"output={tmp_path}", "train.steps=3") for x in ("--set", s)]
+    done = run_alone(LAUNCHER, "--recipe", str(world / "recipe.yaml"), *options)
+    assert done.returncode == 2
+    assert "this run's sources were code, now they are code, de" in done.stderr
+
+
+def test_a_rare_source_is_held_out_too(tmp_path: Path) -> None:
+    records = [Record("", (Document(f"text {i}"),), source="a") for i in range(400)]
+    records += [Record("", (Document(f"rare {i}"),), source="b") for i in range(2)]
+    write_shards(records, tmp_path)
+    shards = ShardSet([tmp_path])
+    found = _spread(shards, 16)
+    counts = np.bincount(shards.source_numbers(found)).tolist()
+    assert counts == [16, 2]
+    assert np.diff(found[:16]).max() <= 26
+
+
 def test_masked_tokens_make_a_backbone_that_sees_both_sides(world: Path, tmp_path: Path) -> None:
     settings = ["model.parent=null", "loss.objective=mntp", "loss.kl=0", "loss.hidden=0"]
     assert start(world, tmp_path / "run", *settings).wait(300) == 0
@@ -288,6 +340,7 @@ def test_masked_tokens_make_a_backbone_that_sees_both_sides(world: Path, tmp_pat
     ("settings", "words"),
     [
         (["model.path=nothing"], ["nothing", "no such model folder"]),
+        (["model.parent={both}"], ["sees both sides", "is_causal"]),
         (["data.shards=[nothing]"], ["nothing is no folder of shards"]),
         (["data.length=4096", "train.token_budget=4096"], ["data.length 4096", "2048"]),
         (["eval.shards=[{shards}]"], ["is trained on"]),
@@ -301,7 +354,7 @@ def test_masked_tokens_make_a_backbone_that_sees_both_sides(world: Path, tmp_pat
 def test_bad_input_ends_with_one_line(
     world: Path, tmp_path: Path, settings: list[str], words: list[str]
 ) -> None:
-    names = ("shards", "held", "only-code", "other", "parent")
+    names = ("shards", "held", "only-code", "other", "parent", "both")
     places = {name: world / name for name in names}
     settings = [f"output={tmp_path}", *(s.format(**places) for s in settings)]
     options = [x for setting in settings for x in ("--set", setting)]

@@ -6,19 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from drama.data.sharding import ShardingOptions, shard_sources
 from drama.data.sources import Source
+from drama.distributed import Ranks
 from drama.errors import UserError
 from drama.prune.output import REPORT_NAME
 from drama.prune.parent import align
 from drama.prune.recovery_recipe import RecoveryRecipe
-from drama.prune.rounds import recover
+from drama.prune.rounds import _in_rounds
 from drama.prune.shape import Shape
 from drama.testing import read_metrics, run_deepspeed, tiny_llama
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
 LAUNCHER = Path(__file__).parents[2] / "launchers" / "recover.py"
 
 
@@ -64,7 +67,8 @@ def test_every_round_cuts_the_last_ones_model(world: Path) -> None:
     assert facts(first / "cut")["model"] == str(world / "whole")
     assert facts(second / "cut")["model"] == str(first / "model")
     assert [len(read_metrics(folder)) for folder in (first, second)] == [3, 2]
-    assert facts(run / "model")["recovery"]["parent"] == str(world / "whole")
+    (recovery,) = facts(run / "model")["recoveries"]
+    assert recovery["parent"] == str(world / "whole")
     a, b = (folder / "model.safetensors" for folder in (run / "model", second / "model"))
     assert a.read_bytes() == b.read_bytes()
 
@@ -94,6 +98,24 @@ def test_what_is_done_is_not_done_again(world: Path) -> None:
     assert (run / "round-2" / "model" / "model.safetensors").read_bytes() == kept
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_round_is_not_continued_under_another_recipe(world: Path, finished: bool) -> None:
+    overrides = ["train.lr=1e-2"]
+    if not finished:  # the last round goes on, the first one is done
+        shutil.rmtree(world / "run" / "round-2" / "model", ignore_errors=True)
+    with pytest.raises(UserError, match=r"round-1 holds a run with train\.lr"):
+        _in_rounds(RecoveryRecipe.load(world / "recipe.yaml", overrides), ALONE)
+
+
+def test_another_calibration_text_is_noticed(world: Path) -> None:
+    path = world / "code.txt"
+    kept = path.read_text()
+    path.write_text(kept + "\n\nmore")
+    with pytest.raises(UserError, match=r"begun with another rounds\.calibration"):
+        _in_rounds(RecoveryRecipe.load(world / "recipe.yaml"), ALONE)
+    path.write_text(kept)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -101,6 +123,8 @@ def test_what_is_done_is_not_done_again(world: Path) -> None:
         ("rounds.cuts", "[{to: 'layers=2'}, {to: 'layers=3'}]", "layers=3"),
         ("rounds.calibration", "nothing.txt", r"nothing\.txt does not exist"),
         ("seed", "1", "holds a run with seed = 0"),
+        ("data.shards", "[nothing]", "nothing is no folder of shards"),
+        ("model.parent", "nothing", "no such model folder"),
     ],
 )
 def test_what_would_show_after_hours_is_refused_at_once(
@@ -110,5 +134,5 @@ def test_what_would_show_after_hours_is_refused_at_once(
     if key != "seed":
         overrides.append(f"output={world / 'other'}")
     with pytest.raises(UserError, match=message):
-        recover(RecoveryRecipe.load(world / "recipe.yaml", overrides))
+        _in_rounds(RecoveryRecipe.load(world / "recipe.yaml", overrides), ALONE)
     assert not (world / "other").exists()
