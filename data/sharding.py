@@ -9,7 +9,6 @@ again with the same arguments, it goes on from there.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -22,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing.connection import wait
@@ -45,7 +44,7 @@ from drama.data.writer import (
     write_manifest,
 )
 from drama.errors import UserError
-from drama.files import recovered, replacing
+from drama.files import locked, recovered, replacing, stamp
 from drama.tokenizer import TextEncoder, load_tokenizer, tokenizer_sha256
 
 CHUNK_ROWS = 256
@@ -129,7 +128,7 @@ def shard_sources(
     recovered(out)
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial):
+    with locked(partial / LOCK):
         try:
             with closing(_Job(partial, work)) as job:
                 with progress() as bar:
@@ -173,8 +172,8 @@ class _Work:
         del options["skip_bad"]  # a job that a bad row has stopped may go on and skip it
         parts: list[Any] = [FORMAT, options, self.tokens and asdict(self.tokens)]
         for source in self.sources:
-            parts += [asdict(source), _stamp(source.path)]
-        parts += [_stamp(folder) for folder in self.options.decontaminate]
+            parts += [asdict(source), stamp(source.path)]
+        parts += [stamp(folder) for folder in self.options.decontaminate]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __call__(self, chunk: _Chunk) -> list[_Written | _LeftOut]:
@@ -431,26 +430,6 @@ def _size(row: Any) -> int:
     if isinstance(row, dict):
         row = list(row.values())
     return 8 + sum(map(_size, row)) if isinstance(row, list) else 8
-
-
-def _stamp(path: str) -> list[Any]:
-    """Changes when a source on this disk does; an address is taken for unchanged."""
-    place = Path(path)
-    if not place.exists():
-        return []
-    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / LOCK).open("a") as file:
-        try:
-            # not flock, whose lock forked workers hold on to when the job was killed
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another job is writing there; wait for its end") from None
-        yield
 
 
 def _take_place(partial: Path, out: Path) -> None:

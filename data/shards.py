@@ -155,13 +155,10 @@ def to_jsonl(folders: Sequence[str | Path], out: str | Path) -> int:
         UserError: damaged shards, or `out` is no file.
     """
     records, out = ShardSet(folders), Path(out)
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; give the name of a file, for example {out}/all.jsonl")
-    if out.exists() and not out.is_file():  # a rename would replace a device
-        raise UserError(f"{out} is no plain file; give the name of one")
+    check_file(out)
     with replacing(out) as temporary, progress() as bar:
         task = bar.add_task("convert", total=len(records), note=out.name)
-        with _packed(temporary, out.suffix) as file:
+        with packed(temporary, out.suffix) as file:
             for index in range(len(records)):
                 value = records.read(index).to_json()
                 file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
@@ -171,7 +168,20 @@ def to_jsonl(folders: Sequence[str | Path], out: str | Path) -> int:
     return len(records)
 
 
-def _packed(path: Path, suffix: str) -> IO[bytes]:
+def check_file(out: Path) -> None:
+    """Refuse what no file can take the place of.
+
+    Raises:
+        UserError: a folder or a device.
+    """
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; give the name of a file, for example {out}/all.jsonl")
+    if out.exists() and not out.is_file():  # a rename would replace a device
+        raise UserError(f"{out} is no plain file; give the name of one")
+
+
+def packed(path: Path, suffix: str) -> IO[bytes]:
+    """Open a file for writing, packed as a suffix says: .gz, .xz or .zst; else plain."""
     if suffix == ".gz":
         # no name and no date inside: the same bytes for the same records
         return cast(IO[bytes], gzip.GzipFile("", "wb", fileobj=path.open("wb"), mtime=0))

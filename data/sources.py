@@ -89,6 +89,11 @@ class Source:
         name = match["name"] if match else re.sub(FILE_SUFFIX, "", stem)
         return cls(path, name, weight, named=match is not None)
 
+    def named_in(self, record: Record) -> Record:
+        """The record with the name of its source: the one that was given, else its own."""
+        name = self.name if self.named else record.source or self.name
+        return record if record.source == name else dataclasses.replace(record, source=name)
+
 
 class Rows:
     """The rows of a source, unparsed where that is left to workers.
@@ -172,8 +177,7 @@ def to_record(layout: str, row: Raw, source: Source, text_column: str | None = N
         record = Record.from_json(convert(layout, value, text_column))
     except RecursionError:
         raise UserError("a value is nested too deeply", "invalid JSON") from None
-    name = source.name if source.named else record.source or source.name
-    return record if record.source == name else dataclasses.replace(record, source=name)
+    return source.named_in(record)
 
 
 def read_source(path: str | Path, name: str | None = None) -> Iterator[Record]:

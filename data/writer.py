@@ -57,9 +57,9 @@ class EncodedRecord:
             record.lang,
             tuple(members),
             tuple(map(crc32, members)),
-            None if record.is_text else _bucket(len(record.query)),
+            None if record.is_text else bucket(len(record.query)),
             tuple(
-                _bucket(len(d.title) + len(d.text)) for d in (*record.positives, *record.negatives)
+                bucket(len(d.title) + len(d.text)) for d in (*record.positives, *record.negatives)
             ),
         )
 
@@ -334,6 +334,6 @@ def shard_number(file: str) -> int:
     return int(file.removesuffix(".tar").rsplit("-", 1)[1])
 
 
-def _bucket(chars: int) -> int:
+def bucket(chars: int) -> int:
     """The smallest power of two that is at least the number of characters."""
     return 1 << max(chars - 1, 0).bit_length()

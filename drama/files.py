@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from drama.errors import UserError
 
 
 @contextmanager
@@ -83,3 +87,31 @@ def _is_left(path: Path) -> bool:
     except (PermissionError, OverflowError):  # another user's; no process number
         return False
     return False
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold the lock file `path`, which is made where there is none, against other processes.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = Path(path)
+    with path.open("a") as file:
+        try:
+            # not flock, whose lock forked workers hold on to when the job was killed
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{path.parent}: another job is writing there; wait for its end"
+            ) from None
+        yield
+
+
+def stamp(path: str | Path) -> list[Any]:
+    """Changes when a file or folder on this disk does; an address is taken for unchanged."""
+    place = Path(path)
+    if not place.exists():
+        return []
+    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]

@@ -13,11 +13,11 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from drama.retrieve.vectors import (
 from drama.tokenizer import Kind
 
 Storage = Literal["float32", "float16"]
+T = TypeVar("T", bound=Sized)
 
 
 def encode_corpus(
@@ -92,17 +93,50 @@ def encode_corpus(
         window=window,
         token_budget=token_budget,
     )
-    folder = Path(out)
+    fill_vectors(
+        Path(out),
+        manifest,
+        lambda num_done: _token_rows(manifest, corpus, encoder, num_done),
+        lambda rows: encoder.embed(rows, dim=dim, token_budget=token_budget),
+        ids=corpus.ids,
+        unit="tokens",
+        overwrite=overwrite,
+    )
+    return read_vectors(out)
+
+
+def fill_vectors(
+    folder: Path,
+    manifest: VectorsManifest,
+    windows: Callable[[int], Iterator[list[T]]],
+    embed: Callable[[list[T]], np.ndarray],
+    *,
+    ids: Sequence[str] | None = None,
+    unit: str,
+    overwrite: bool = False,
+) -> None:
+    """Write `vectors.npy` window by window, going on where a killed run stood.
+
+    Args:
+        manifest: what the vectors are a function of; its `window` documents make a window.
+        windows: what is embedded of each window after so many of them.
+        embed: the vectors of a window.
+        ids: of the documents, for ids.txt; None writes none.
+        unit: what the length of an embedded item counts.
+        overwrite: replace vectors of other inputs that the folder holds, instead of refusing.
+
+    Raises:
+        UserError: the folder holds other vectors, too little disk, or vectors with NaN.
+    """
     if _is_done(folder, manifest, overwrite):
         console.print(f"{folder}: {manifest.rows:,} vectors are there already", markup=False)
-        return read_vectors(folder)
+        return
     num_done = _windows_done(folder, manifest, overwrite)
     if num_done is None:
-        num_done = _start(folder, manifest, corpus.ids)
-    _encode_windows(folder, manifest, corpus, encoder, num_done)
+        num_done = _start(folder, manifest, ids)
+    _encode_windows(folder, manifest, windows, embed, num_done, unit, ids)
     manifest.write(folder / "manifest.json")
     (folder / "progress.json").unlink()
-    return read_vectors(folder)
 
 
 def load_encoder(model_path: str | Path) -> Encoder:
@@ -178,7 +212,7 @@ def _windows_done(folder: Path, manifest: VectorsManifest, overwrite: bool) -> i
     return num_done
 
 
-def _start(folder: Path, manifest: VectorsManifest, ids: list[str]) -> int:
+def _start(folder: Path, manifest: VectorsManifest, ids: Sequence[str] | None) -> int:
     """Lay out the files of a new run; progress.json comes last, so it vouches for the others."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "progress.json").unlink(missing_ok=True)
@@ -190,7 +224,8 @@ def _start(folder: Path, manifest: VectorsManifest, ids: list[str]) -> int:
             f"{folder}: the vectors need {needed / 2**20:,.0f} MiB, "
             f"{free / 2**20:,.0f} MiB are free there"
         )
-    write_ids(folder / "ids.txt", ids)
+    if ids is not None:
+        write_ids(folder / "ids.txt", ids)
     np.lib.format.open_memmap(
         folder / "vectors.npy", mode="w+", dtype=manifest.dtype, shape=shape
     ).flush()
@@ -205,22 +240,29 @@ def _record(folder: Path, manifest: VectorsManifest, num_done: int) -> None:
 
 
 def _encode_windows(
-    folder: Path, manifest: VectorsManifest, corpus: Corpus, encoder: Encoder, num_done: int
+    folder: Path,
+    manifest: VectorsManifest,
+    windows: Callable[[int], Iterator[list[T]]],
+    embed: Callable[[list[T]], np.ndarray],
+    num_done: int,
+    unit: str,
+    ids: Sequence[str] | None,
 ) -> None:
     try:
         vectors_ND = np.lib.format.open_memmap(folder / "vectors.npy", mode="r+")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be resumed ({error}); remove it") from None
     first = num_done * manifest.window
-    begin, num_tokens = time.perf_counter(), 0
+    begin, size = time.perf_counter(), 0
     with progress() as bar:
         task = bar.add_task("encode", total=manifest.rows, completed=first, note="")
-        for rows in _ahead(_token_rows(manifest, corpus, encoder, num_done)):
-            block = encoder.embed(rows, dim=manifest.dim, token_budget=manifest.token_budget)
+        for rows in _ahead(windows(num_done)):
+            block = embed(rows)
             start = num_done * manifest.window
             finite = np.isfinite(block).all(axis=1)
             if not finite.all():
-                id_ = corpus.ids[start + int(np.argmin(finite))]
+                row = start + int(np.argmin(finite))
+                id_ = ids[row] if ids is not None else row
                 raise UserError(
                     f"{manifest.model} gives a vector with NaN for document '{id_}'; "
                     "the weights are broken"
@@ -229,10 +271,10 @@ def _encode_windows(
             vectors_ND.flush()
             num_done += 1
             _record(folder, manifest, num_done)
-            num_tokens += sum(map(len, rows))
+            size += sum(map(len, rows))
             seconds = time.perf_counter() - begin
-            rates = (start + len(rows) - first) / seconds, num_tokens / seconds
-            note = f"{rates[0]:,.0f} docs/s  {rates[1]:,.0f} tokens/s"
+            rates = (start + len(rows) - first) / seconds, size / seconds
+            note = f"{rates[0]:,.0f} docs/s  {rates[1]:,.0f} {unit}/s"
             bar.update(task, completed=start + len(rows), note=note)
 
 
@@ -246,8 +288,8 @@ def _token_rows(
         yield encoder.tokenize(texts, kind, manifest.max_tokens)
 
 
-def _ahead(windows: Iterator[list[list[int]]]) -> Iterator[list[list[int]]]:
-    """Read and tokenise the next window in a thread while the model works on this one."""
+def _ahead(windows: Iterator[list[T]]) -> Iterator[list[T]]:
+    """Read and prepare the next window in a thread while the model works on this one."""
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(next, windows, None)
         while (rows := upcoming.result()) is not None:

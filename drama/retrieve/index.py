@@ -77,7 +77,7 @@ class Index:
         meta = IndexMeta(
             type=type,
             dim=dim,
-            rows=len(vectors.ids),
+            rows=source.rows,
             model=source.model,
             model_sha256=source.model_sha256,
             corpus=source.corpus,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class Vectors:
 
     def blocks(self, dim: int | None = None) -> Iterator[np.ndarray]:
         """Yield float32 blocks [<= 65,536, dim], cut to the first `dim` columns, of norm 1."""
-        for start in range(0, len(self.ids), BLOCK):
+        for start in range(0, len(self.vectors_ND), BLOCK):
             block = np.asarray(self.vectors_ND[start : start + BLOCK, :dim], np.float32)
             if dim is not None and dim < self.manifest.dim:
                 block = block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
@@ -105,6 +105,25 @@ def read_vectors(folder: str | Path) -> Vectors:
             or a value that is not finite.
     """
     folder = Path(folder)
+    vectors_ND, manifest = open_vectors(folder)
+    ids = read_ids(folder / "ids.txt", manifest.rows)
+    vectors = Vectors(folder, vectors_ND, ids, manifest)
+    for number, block in enumerate(vectors.blocks()):
+        finite = np.isfinite(block).all(axis=1)
+        if not finite.all():
+            id_ = ids[number * BLOCK + int(np.argmin(finite))]
+            raise UserError(
+                f"{folder}/vectors.npy: the vector of document '{id_}' is not finite; encode again"
+            )
+    return vectors
+
+
+def open_vectors(folder: Path) -> tuple[np.ndarray, VectorsManifest]:
+    """Map a folder's vectors [N, D], without reading them.
+
+    Raises:
+        UserError: half-written, another format version, or array and manifest that disagree.
+    """
     manifest = read_manifest(folder)
     path = folder / "vectors.npy"
     try:
@@ -117,14 +136,7 @@ def read_vectors(folder: str | Path) -> Vectors:
             f"{path} holds {vectors_ND.dtype.name} of shape {vectors_ND.shape}, the manifest says "
             f"{manifest.dtype} of shape {expected}; encode again"
         )
-    ids = read_ids(folder / "ids.txt", manifest.rows)
-    vectors = Vectors(folder, vectors_ND, ids, manifest)
-    for number, block in enumerate(vectors.blocks()):
-        finite = np.isfinite(block).all(axis=1)
-        if not finite.all():
-            id_ = ids[number * BLOCK + int(np.argmin(finite))]
-            raise UserError(f"{path}: the vector of document '{id_}' is not finite; encode again")
-    return vectors
+    return vectors_ND, manifest
 
 
 def read_manifest(folder: Path) -> VectorsManifest:
@@ -144,7 +156,7 @@ def read_manifest(folder: Path) -> VectorsManifest:
     return VectorsManifest.from_json(read_json(path), str(path))
 
 
-def write_ids(path: Path, ids: list[str]) -> None:
+def write_ids(path: Path, ids: Sequence[str]) -> None:
     """Write document ids, one a line."""
     with replacing(path) as temporary:
         temporary.write_text("".join(f"{id_}\n" for id_ in ids), encoding="utf-8")
