@@ -1,0 +1,192 @@
+"""The teacher: a retriever that ranks a whole corpus for each query.
+
+Documents are encoded once, into `vectors.npy` [N, D] float16 of a folder that jobs on the same
+corpus share; a killed run goes on where it stood. The search is exact unless told otherwise: the
+vectors are mapped and go through FAISS in blocks, so the memory does not grow with the corpus.
+
+B queries, N documents, K results, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+
+from drama.augment.corpus import Corpus, inputs_sha256, write_corpus
+from drama.console import console
+from drama.data.sources import Source
+from drama.errors import UserError
+from drama.files import locked, replacing
+from drama.hf import model_sha256
+from drama.retrieve.encode import fill_vectors
+from drama.retrieve.index import HNSW_SEARCH_BEAM, Index
+from drama.retrieve.vectors import BLOCK, Vectors, VectorsManifest, open_vectors
+from drama.teach import Encode, load_teacher
+
+Search = Literal["flat", "hnsw"]
+WINDOW = 2048  # documents that are encoded, and recorded as done, together
+OWN_SETTING = "the teacher's own"
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What is searched, and by whom.
+
+    model: a folder of ours or any that sentence-transformers loads.
+    work: the folder for corpus and vectors; jobs on the same corpus should share it.
+    search: flat is exact; hnsw is approximate, for corpora of many millions on a CPU.
+    """
+
+    sources: tuple[Source, ...]
+    model: str
+    work: Path
+    text_column: str | None = None
+    search: Search = "flat"
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """See `drama.hf.model_sha256`; read once, a teacher may have gigabytes.
+
+        Raises:
+            UserError: no such model.
+        """
+        return model_sha256(self.model)
+
+    def about(self) -> dict[str, Any]:
+        """Plain values that change whenever a ranking may."""
+        return {
+            "corpus": [source.path for source in self.sources],
+            "corpus_files": inputs_sha256(self.sources, self.text_column),
+            "teacher": str(Path(self.model).resolve()),
+            "teacher_sha256": self.model_sha256,
+            "search": self.search,
+        }
+
+    def open(self) -> tuple[Corpus, Teacher]:
+        """Read and encode the corpus, as far as that was not done before.
+
+        Raises:
+            UserError: from `write_corpus` and `Teacher`, or another job is at it.
+        """
+        sha256, encode = self.model_sha256, load_teacher(self.model)  # before hours of reading
+        self.work.mkdir(parents=True, exist_ok=True)
+        with locked(self.work / ".lock"):
+            corpus = write_corpus(self.sources, self.work / "corpus", text_column=self.text_column)
+            folder = self.work / f"vectors-{sha256[:12]}"
+            teacher = Teacher(encode, Path(self.model).name, sha256, corpus, folder, self.search)
+        return corpus, teacher
+
+
+class Teacher:
+    """A corpus' vectors, and the model that made them and makes those of the queries.
+
+    Args:
+        encode: the model. name, sha256: of its folder, for the manifest of the vectors.
+        folder: for the vectors; what a killed run has left there is gone on with.
+
+    Raises:
+        UserError: too little disk, vectors of another corpus in the folder, or a model that gives
+            vectors with NaN.
+    """
+
+    def __init__(
+        self,
+        encode: Encode,
+        name: str,
+        sha256: str,
+        corpus: Corpus,
+        folder: Path,
+        search: Search = "flat",
+    ) -> None:
+        self.encode = encode
+        manifest = VectorsManifest(
+            model=name,
+            model_sha256=sha256,
+            corpus=corpus.folder.name,
+            corpus_sha256=corpus.sha256,
+            rows=len(corpus),
+            kind="document",
+            max_tokens=0,
+            dim=self.encode(["width"], "document").shape[1],
+            dtype="float16",
+            compute_dtype=OWN_SETTING,
+            window=WINDOW,
+            token_budget=0,
+        )
+
+        def windows(num_done: int) -> Iterator[list[str]]:
+            for batch in corpus.batches(WINDOW, num_done * WINDOW):
+                yield [item.document.full_text for item in batch]
+
+        fill_vectors(folder, manifest, windows, self._rounded, unit="characters")
+        self.vectors_ND, self.manifest = open_vectors(folder)
+        self._graph = _graph(folder, self.vectors_ND, self.manifest) if search == "hnsw" else None
+
+    def embed(self, queries: Sequence[str]) -> np.ndarray:
+        """Vectors of queries, [B, D] float32 of norm 1."""
+        if not queries:
+            return np.empty((0, self.manifest.dim), np.float32)
+        return np.ascontiguousarray(self.encode(queries, "query"), np.float32)
+
+    def search(self, queries: Sequence[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """`nearest` of the queries' vectors."""
+        return self.nearest(self.embed(queries), depth)
+
+    def nearest(self, q_BD: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """Document numbers [B, K] int64 and cosines [B, K] float32, best first.
+
+        K is `depth`, or N where the corpus is smaller. A graph may find fewer: its lists end in
+        numbers of -1. The result depends on the queries and on which of them come together (the
+        last bits of a vector do), so a job that must repeat itself asks in the same batches.
+        """
+        depth = min(depth, len(self.vectors_ND))
+        if self._graph is None:
+            return self._exact(q_BD, depth)
+        self._graph.hnsw.efSearch = max(depth, HNSW_SEARCH_BEAM)
+        scores_BK, numbers_BK = self._graph.search(q_BD, depth)
+        return numbers_BK, scores_BK
+
+    def cosines(self, q_BD: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+        """The cosine of each query with the document beside it, [B], as the search would give it
+        if the document were in the corpus."""
+        cosines_B: np.ndarray = np.einsum("bd,bd->b", q_BD, self._rounded(texts).astype(np.float32))
+        return cosines_B
+
+    def _rounded(self, texts: Sequence[str]) -> np.ndarray:
+        return self.encode(texts, "document").astype(np.float16)
+
+    def _exact(self, q_BD: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        scores_BK = np.empty((len(q_BD), 0), np.float32)
+        numbers_BK = np.empty((len(q_BD), 0), np.int64)
+        for start in range(0, len(self.vectors_ND), BLOCK):
+            block_ND = np.ascontiguousarray(self.vectors_ND[start : start + BLOCK], np.float32)
+            found_BK, rows_BK = faiss.knn(
+                q_BD, block_ND, min(depth, len(block_ND)), metric=faiss.METRIC_INNER_PRODUCT
+            )
+            scores_BK = np.concatenate([scores_BK, found_BK], axis=1)
+            numbers_BK = np.concatenate([numbers_BK, rows_BK + start], axis=1)
+            best_BK = np.argsort(-scores_BK, axis=1, kind="stable")[:, :depth]
+            scores_BK = np.take_along_axis(scores_BK, best_BK, axis=1)
+            numbers_BK = np.take_along_axis(numbers_BK, best_BK, axis=1)
+        return numbers_BK, scores_BK
+
+
+def _graph(folder: Path, vectors_ND: np.ndarray, manifest: VectorsManifest) -> Any:
+    """The HNSW index, built once: threads link its nodes in no fixed order."""
+    path = folder / "hnsw.faiss"
+    if not path.is_file():
+        console.print(f"{folder}: building the graph", markup=False)
+        index = Index.from_vectors(Vectors(folder, vectors_ND, [], manifest), "hnsw")
+        with replacing(path) as temporary:
+            faiss.write_index(index.faiss_index, str(temporary))
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}); remove it") from None
