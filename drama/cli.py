@@ -10,12 +10,13 @@ from typing import Any
 
 import click
 
-from drama import cli_data
+from drama import cli_augment, cli_data
 from drama.console import console, quiet_libraries
 from drama.errors import UserError, exit_on_user_error
 
 SECTIONS = {
     "See it work": ["demo"],
+    "Make training data": ["augment", "mine"],
     "From LLM and text to a retriever": ["prune", "shard", "plan", "teach", "average"],
     "Look after data": ["shards", "verify", "merge", "convert"],
     "Use it": ["export", "encode", "index", "search"],
@@ -25,6 +26,8 @@ TRAIN_HELP = """
     drama prune ──▶ backbone ─┐
                               ├─▶ deepspeed launchers/train.py ──▶ drama export ──▶ everywhere
     drama shard ──▶ shards  ──┘        --recipe R.yaml        └──▶ drama encode ▶ index ▶ search
+      ▲
+    records ◀── drama augment, drama mine ◀── text, pairs
 """
 FOLDER = click.Path(path_type=Path)
 
@@ -51,7 +54,7 @@ def main() -> None:
     """Train small dense retrievers (0.1B-1B) from large language models."""
 
 
-for command in cli_data.COMMANDS:
+for command in (*cli_data.COMMANDS, *cli_augment.COMMANDS):
     main.add_command(command)
 
 
