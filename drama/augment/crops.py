@@ -50,8 +50,9 @@ def make_crops(retrieval: Retrieval, out: str | Path, options: CropOptions) -> d
     Raises:
         UserError: from `Job` and `Retrieval`.
     """
-    about = {**retrieval.about(), **asdict(options)}
-    with Job(out, "crops", about | about.pop("windows")) as job:
+    given = asdict(options)
+    about = {**retrieval.about(), **given.pop("windows"), **given}
+    with Job(out, "crops", about) as job:
         if job.report is not None:
             return job.report
         corpus, teacher = retrieval.open()

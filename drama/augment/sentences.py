@@ -22,7 +22,8 @@ _ABBREVIATION = re.compile(
     r"(?:^|[\s(\[\"'])(?:[^\W\d_]|[^\W\d_]\.[^\W\d_]|Dr|Mr|Mrs|Ms|Prof|St|Jr|Sr|vs|etc|cf|al|approx|No|"
     r"Fig|Figs|Eq|Vol|pp?|ca|bzw|Nr|Abb|Sra?|Mme|Mlle|Inc|Ltd|Co)\.$"
 )
-_CLAUSE = re.compile(r".*?(?:[,;:،؛、，；：—]+\s*|$)", re.DOTALL)
+_CLAUSE_MARKS = ",;:،؛、，；：—"
+_CLAUSE = re.compile(rf".*?(?:[{_CLAUSE_MARKS}]+\s*|$)", re.DOTALL)
 _WORD = re.compile(r"\S+\s*")
 # kana, ideographs, hangul and full-width forms say about as much as three letters
 _WIDE = re.compile(
@@ -77,11 +78,15 @@ def _runs(sentence: str, most: int) -> Iterator[str]:
     run = ""
     for unit in _units(sentence, most):
         if run and length((run + unit).rstrip()) > most:
-            yield run.strip()
+            yield _bare(run)
             run = ""
         run += unit
-    if run.strip():
-        yield run.strip()
+    yield _bare(run)
+
+
+def _bare(run: str) -> str:
+    """A run without the mark that it was cut at."""
+    return run.strip().rstrip(_CLAUSE_MARKS)
 
 
 def _units(sentence: str, most: int) -> Iterator[str]:

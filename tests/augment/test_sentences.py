@@ -63,6 +63,7 @@ def test_a_text_of_one_sentence_gives_a_part_of_it():
     found = pieces(text, 10, 300)
     assert found
     assert all(piece in text and length(piece) <= length(text) // 2 for piece in found)
+    assert found[1] == "which is strong"  # cut at the commas, without them
     assert pieces("Short one.", 20, 300) == []
     assert pieces("", 1, 300) == []
 
