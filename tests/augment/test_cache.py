@@ -37,6 +37,7 @@ def test_what_is_put_in_comes_out(tmp_path: Path) -> None:
     row = sqlite3.connect(path).execute("SELECT model, date FROM answers").fetchone()
     assert row[0] == "tiny"
     assert row[1].endswith("+00:00")
+    assert path.read_bytes()[18:20] == b"\2\2"  # the write-ahead log: readers wait for nobody
 
 
 def test_the_first_answer_stays(tmp_path: Path) -> None:
@@ -133,6 +134,15 @@ def test_a_damaged_file_is_named_and_left_as_it_is(tmp_path: Path, where: str) -
         read_all(path)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == damaged
+
+
+def test_a_text_that_is_none_any_more_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    filled(path)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("UPDATE answers SET text = CAST(x'ff' AS TEXT)")
+    with pytest.raises(UserError, match="the cache is damaged"):
+        read_all(path)
 
 
 def test_a_cut_file_is_named(tmp_path: Path) -> None:
