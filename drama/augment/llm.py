@@ -103,8 +103,6 @@ class LLM:
         if kind is not None and not issubclass(kind, Exception):  # Ctrl-C does not wait
             for task in self._flying.values():
                 task.cancel()
-        for asked in self._asked:
-            asked.cancel()
         await asyncio.gather(*self._asked, *self._flying.values(), return_exceptions=True)
         await self._endpoint.close()
         try:
@@ -170,11 +168,11 @@ class LLM:
                         task.add_done_callback(finished.put_nowait)
                         tags[task] = tag
                         self._asked.add(task)
+                        task.add_done_callback(self._asked.discard)
                 if not tags:
                     break
                 task = await finished.get()
                 tag = tags.pop(task)
-                self._asked.discard(task)
                 try:
                     outcome = task.result()
                 except Exception as error:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from drama.augment.cache import Cache
 from drama.augment.chat import Answer, Refusal, Request, estimate
 from drama.augment.llm import LLM, IncompleteError
 from drama.augment.patience import Limits
@@ -161,6 +163,7 @@ def test_64_are_in_flight_and_never_65(cache: Path, by: str) -> None:
         if server.in_flight == 64:
             full[0].set()
         await full[0].wait()  # for ever, if 64 never come
+        await asyncio.sleep(0.05)  # time for one too many
 
     async def ask_all(llm: LLM) -> None:
         async with llm:
@@ -595,6 +598,43 @@ def test_an_interrupted_job_ends_without_waiting_for_the_server(cache: Path) -> 
 
     with ChatServer(behave) as server, pytest.raises(asyncio.CancelledError):
         asyncio.run(interrupted())
+
+
+def test_an_interrupted_job_keeps_the_answers_that_had_arrived(cache: Path) -> None:
+    Cache(cache).close()
+    holder = sqlite3.connect(cache, isolation_level=None, check_same_thread=False)
+
+    async def interrupted() -> None:
+        llm = LLM(server.url, "tiny", cache, limits=Limits(**QUICK))
+
+        async def job() -> None:
+            async with llm:
+                await asyncio.gather(*(llm.ask(ask_for(text)) for text in prompts(4)))
+
+        task = asyncio.create_task(job())
+        while server.seen.total() < 4:
+            await asyncio.sleep(0.005)
+        holder.execute("BEGIN IMMEDIATE")  # nothing can be written now
+        ready.set()
+        while llm.usage.answered < 4:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        release = threading.Timer(0.1, holder.rollback)
+        release.start()
+        await task
+
+    ready = threading.Event()
+
+    async def behave(call: Call) -> None:
+        while not ready.is_set():
+            await asyncio.sleep(0.005)
+
+    with ChatServer(behave) as server:
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(interrupted())
+        job = Job(server.url, cache).run(prompts(4))
+    assert job.usage.cached == 4
+    assert server.paid == dict.fromkeys(prompts(4), 1)
 
 
 # -- the key --------------------------------------------------------------------------------------
