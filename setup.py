@@ -17,6 +17,7 @@ setup(
     packages=find_namespace_packages(include=["drama", "drama.*"]),
     package_data={
         "drama": ["py.typed"],
+        "drama.augment": ["prompts/*.yaml"],
         "drama.ds_configs": ["*.json"],
         "drama.recipes": ["*.yaml"],
         "drama.data.demo": ["*", "scifact/*", "scifact/qrels/*"],
