@@ -143,6 +143,8 @@ def test_the_wheel_holds_everything_and_only_drama(wheel: Path) -> None:
     for folder in LINKS:
         assert shipped(folder) <= names, folder
     assert "drama/py.typed" in names
+    prompts = {path.name for path in (ROOT / "drama" / "augment" / "prompts").iterdir()}
+    assert {f"drama/augment/prompts/{name}" for name in prompts} <= names
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"drama"}
 

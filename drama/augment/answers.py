@@ -11,7 +11,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from drama.augment.cleaning import answer_text, is_listed, is_unspaced, plain, unlisted, words
+from drama.augment.cleaning import (
+    answer_text,
+    is_listed,
+    is_unspaced,
+    plain,
+    unlisted,
+    unquoted,
+    words,
+)
 from drama.augment.fields import json_values, line_values
 from drama.augment.languages import contradicts, differs, language_code
 from drama.augment.loose_json import loose_strings
@@ -243,4 +251,4 @@ def _document(text: str) -> str:
     """A written document: its lines stay, what a model puts around them does not."""
     lines = (" ".join(line.split()) for line in text.strip().split("\n"))
     kept = "\n".join(line for line in lines if line)
-    return kept if "\n" in kept else plain(kept)
+    return unquoted(kept)

@@ -6,6 +6,7 @@ import re
 import unicodedata
 
 MAX_CHARS = 40_000  # of an answer that is read; the longest that is asked for is a tenth of it
+MAX_LINE = 3000  # what is longer is no line, and is cut there
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*\w*[ \t]*$|```(?:json|text|markdown)?", re.MULTILINE)
 _QUOTES = {
     '"': '"', "'": "'", "`": "`", "“": "”", "„": "“”", "”": "”", "‘": "’", "‚": "‘’", "«": "»",
@@ -34,9 +35,9 @@ def plain(text: str) -> str:
 
     Quotes and emphasis inside a sentence stay, but for `**` and backticks, which are markdown only.
     """
-    text = " ".join(text.split())
+    text = " ".join(text[:MAX_LINE].split())
     while True:
-        shorter = _unquoted(_BULLET.sub("", _MARKDOWN.sub("", text))).strip()
+        shorter = unquoted(_BULLET.sub("", _MARKDOWN.sub("", text))).strip()
         if shorter == text:
             return text
         text = shorter
@@ -52,7 +53,7 @@ def is_listed(line: str) -> bool:
     return bool(_BULLET.match(line.strip()) or _NUMBER.match(line.strip()))
 
 
-def _unquoted(text: str) -> str:
+def unquoted(text: str) -> str:
     """Without a quote that encloses all of it, or one whose other half a model forgot."""
     if len(text) < 2:
         return text

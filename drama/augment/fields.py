@@ -64,7 +64,7 @@ def _value(part: str, closed: bool) -> str:
         if not closed or not line or is_listed(line) or value.endswith(_END):
             break
         value = f"{value} {line}"
-    return value
+    return value.rstrip(" |")  # the rest of a table's row
 
 
 def _folded(key: Any) -> str:

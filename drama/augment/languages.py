@@ -39,6 +39,8 @@ _SCRIPTS = {
     "th": frozenset({"THAI"}),
     "zh": frozenset({"CJK", "BOPOMOFO"}),
 }
+# without any of these letters a longer text is Chinese
+_BESIDE_CHINESE = {"ja": {"HIRAGANA", "KATAKANA"}, "ko": {"HANGUL"}}
 _LATIN = frozenset({"LATIN"})
 # frequent small words, of many languages lest one be taken for another. Danish stands for
 # Norwegian too, Indonesian for Malay, Czech for Slovak.
@@ -149,8 +151,8 @@ def contradicts(text: str, language: str) -> bool:
     units = _units(text)
     if _foreign(units, _SCRIPTS.get(language, _LATIN)):
         return True
-    if language == "ja" and len(units) >= 20:  # without kana it is Chinese
-        return not any(unit.script in ("HIRAGANA", "KATAKANA") for unit in units)
+    if language in _BESIDE_CHINESE and len(units) >= 15:
+        return not any(unit.script in _BESIDE_CHINESE[language] for unit in units)
     return language in _SMALL_WORDS and _against(language, units)
 
 
@@ -178,7 +180,7 @@ def _main_scripts(units: list[_Unit]) -> frozenset[str]:
     if counts["HIRAGANA"] + counts["KATAKANA"] > 0.05 * len(units):
         return _SCRIPTS["ja"]
     frequent = frozenset(script for script, count in counts.items() if count >= 0.2 * len(units))
-    return frequent if len(units) >= 8 else frozenset()
+    return frequent if len(units) >= 5 else frozenset()
 
 
 def _evidence(units: list[_Unit]) -> dict[str, float]:

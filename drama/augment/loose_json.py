@@ -140,11 +140,11 @@ class _Reader:
 
     def _string(self, key: bool) -> str:
         """From its opening quote to the quote that what follows shows to be the closing one."""
-        closing = rf"(?<!\\)[{re.escape(_CLOSING[self.text[self.place]])}]"
+        closing = rf"(?<!\\)(?:\\\\)*(?P<quote>[{re.escape(_CLOSING[self.text[self.place]])}])"
         ends = re.compile(closing + (_AFTER_KEY if key else _AFTER_VALUE))
         start = self.place + 1
         found = ends.search(self.text, start)
-        first = found.start() if found else len(self.text)
+        first = found.start("quote") if found else len(self.text)
         self.place = min(first + 1, len(self.text))
         return _unescaped(self.text[start:first])
 

@@ -77,7 +77,8 @@ class Prompt:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"prompt {path} cannot be read: {error}") from error
         except (yaml.YAMLError, RecursionError) as error:
-            raise UserError(f"prompt {path} is not valid YAML: {error}") from error
+            fault = " ".join(str(error).split())
+            raise UserError(f"prompt {path} is not valid YAML: {fault}") from error
         try:
             return cls._from_tree(kind, tree)
         except UserError as error:

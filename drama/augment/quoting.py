@@ -25,7 +25,8 @@ _LOOK_ALIKES = (
     # the labels of an answer; in running text the same words are no mark
     (
         re.compile(
-            r"^(\W*(?:task|query|language|answer|ranking|system|user|assistant)\s*)[:：]",
+            r"^([^\w\n]{0,8}(?:task|query|language|answer|ranking|system|user|assistant)"
+            r"[ \t]{0,3})[:：]",
             re.IGNORECASE | re.MULTILINE,
         ),
         r"\1–",
