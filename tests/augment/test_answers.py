@@ -158,6 +158,9 @@ def test_an_answer_of_no_use_is_dropped_with_its_reason(answer, document, reason
         ("Cast-iron stoves hold their heat for hours", DOCUMENT),  # a title may be the document's
         ("铸铁炉在火熄灭后还能保温", CHINESE),
         ("炉子", CHINESE),
+        # a quotation of fifteen words in a longer request
+        ("My neighbour says that " + DOCUMENT[:75] + ", is that so, and would it do for us "
+         "who come home late?", DOCUMENT),
         ("Wie lange hält ein gusseiserner Ofen die Wärme?", GERMAN),
         ("Many people who heat in the evening want warmth until the morning, which stove is it?",
          DOCUMENT),
