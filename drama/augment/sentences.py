@@ -8,7 +8,6 @@ at white space, then between letters, never before a combining sign.
 """
 
 # marks of other scripts look like Latin ones on purpose
-# ruff: noqa: RUF001
 
 from __future__ import annotations
 

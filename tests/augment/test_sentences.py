@@ -1,6 +1,5 @@
 """Sentences of many scripts, and the pieces where there are none."""
 
-# ruff: noqa: RUF001
 import random
 import re
 import unicodedata
