@@ -54,6 +54,7 @@ setup(
             "accelerate",
             "sentence-transformers>=5.3",
             "pytest>=8",
+            "pytest-xdist",
             "hypothesis",
             "s3fs",
             "moto[server]",
