@@ -51,8 +51,11 @@ def retrieval_options(command: Command) -> Command:
     return command
 
 
-def window_options(windows: Windows) -> Callable[[Command], Command]:
-    """The options of every command that cuts a ranking, with these defaults; `cut` takes them."""
+def window_options(windows: Windows, own: bool = True) -> Callable[[Command], Command]:
+    """The options of every command that cuts a ranking, with these defaults; `cut` takes them.
+
+    own: whether queries are made from documents of the corpus.
+    """
 
     def add(command: Command) -> Command:
         share = windows.share
@@ -81,22 +84,25 @@ def window_options(windows: Windows) -> Callable[[Command], Command]:
             ),
         ]
         if windows.positives is not None:
-            options += [
+            options.append(
                 click.option(
                     "--positives",
                     default=spell_ranks(windows.positives),
                     show_default=True,
                     metavar="RANKS",
                     help="Ranks that become positives.",
-                ),
+                )
+            )
+        if windows.positives is not None and own:
+            options.append(
                 click.option(
                     "--own",
                     type=click.Choice(["ranked", "out"]),
                     default=windows.own,
                     show_default=True,
                     help="The query's own document: a positive where its rank is one, or never.",
-                ),
-            ]
+                )
+            )
         for option in reversed(options):
             command = option(command)
         return command
@@ -130,7 +136,7 @@ def retrieval(corpus: Sequence[str], out: Path, options: dict[str, Any]) -> Any:
     from drama.augment.teacher import Retrieval
     from drama.data.sources import Source
 
-    work = options.pop("work") or out.with_name(f"{out.name.partition('.jsonl')[0]}.work")
+    work = options.pop("work") or beside(out, "work")
     return Retrieval(
         tuple(Source.parse(source) for source in corpus),
         options.pop("teacher"),
@@ -140,6 +146,11 @@ def retrieval(corpus: Sequence[str], out: Path, options: dict[str, Any]) -> Any:
     )
 
 
+def beside(out: Path, suffix: str) -> Path:
+    """`crops.work` for `crops.jsonl.gz`."""
+    return out.with_name(f"{out.name.partition('.jsonl')[0]}.{suffix}")
+
+
 @click.group()
 def augment() -> None:
     """Make training records out of raw text.
@@ -147,9 +158,15 @@ def augment() -> None:
     Each kind writes one file of records, which `drama shard` takes, and a report beside it. Stopped
     and started again with the same arguments, each goes on where it was, to the same bytes.
 
+    crops needs a teacher alone; the others ask a language model, at any server with OpenAI's
+    /chat/completions. No answer is paid twice.
+
     \b
     drama augment crops web.jsonl.gz --teacher ./teacher --work work/web --out crops.jsonl.gz
-    drama shard crops.jsonl.gz --out shards/crops
+    vllm serve Qwen/Qwen3-8B --enable-prefix-caching &
+    drama augment queries web.jsonl.gz --teacher ./teacher --work work/web \\
+        --model Qwen/Qwen3-8B --out queries.jsonl.gz
+    drama shard crops.jsonl.gz queries.jsonl.gz --out shards/train
     """
 
 
@@ -237,7 +254,15 @@ def say_report(out: Path, report: dict[str, Any], read: str) -> None:
     twice = report["duplicate_queries"]
     if twice["exact"] or twice["near"]:
         _say(f"  queries that come twice: {twice['exact']:,} exactly, {twice['near']:,} nearly")
-    _say(f"  more, with examples: {out.name.partition('.jsonl')[0]}.report.json beside it")
+    if llm := report["llm"]:
+        counts = ", ".join(f"{name} {count:,}" for name, count in llm.items())
+        _say(f"  language model: {counts}")
+    if paid := report.get("llm_this_run"):
+        _say(
+            f"  of these in this run: {paid['sent']:,} calls sent, {paid['cached']:,} cached, "
+            f"tokens paid {paid['prompt_tokens']:,} + {paid['completion_tokens']:,}"
+        )
+    _say(f"  more, with examples: {beside(out, 'report.json').name} beside it")
     _say(f"next: drama shard {out} --out SHARDS")
 
 

@@ -131,6 +131,13 @@ class Usage:
     def paid_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
+    def line(self) -> str:
+        """For a progress bar: calls and tokens."""
+        return (
+            f"calls {self.sent:,} sent, {self.cached:,} cached  tokens paid "
+            f"{self.prompt_tokens:,} + {self.completion_tokens:,}"
+        )
+
     def take(self, outcome: Answer | Refusal) -> None:
         if isinstance(outcome, Refusal):
             self.refused += 1

@@ -19,15 +19,16 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+from drama.augment.chat import Usage
 from drama.augment.tally import Tally
 from drama.console import console, progress
 from drama.data.duplicates import FINGERPRINT, count_duplicates, fingerprint, place
@@ -68,10 +69,14 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What came of the documents before number `end` and after the last step's, in order."""
+    """What came of the documents before number `end` and after the last step's, in order.
+
+    counts: what was asked of a language model for them, and what else its kind counts.
+    """
 
     end: int
     results: Sequence[Kept | Dropped]
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Job:
@@ -149,34 +154,46 @@ class Job:
             shutil.rmtree(self.folder, ignore_errors=True)  # nothing to go on from
         self._open.close()
 
-    def run(self, steps: Iterable[Step], total: int | None) -> dict[str, Any]:
+    def run(
+        self, steps: Iterable[Step], total: int | None, usage: Usage | None = None
+    ) -> dict[str, Any]:
         """Write the results of all steps; put file and report in their places; return the report.
 
         total: the number at which the last step ends, for the progress bar.
+        usage: of the language model in this run, to be shown and reported.
 
         Raises:
-            UserError: not one record was kept.
+            UserError: not one record was kept; or from the steps, once the position was noted.
         """
         first, began, noted = self.start, time.monotonic(), time.monotonic()
+
+        def line() -> str:
+            rate = (self.start - first) / max(time.monotonic() - began, 1e-9)
+            text = f"{rate:,.3g}/s  {self.tally.line()}"
+            return f"{text}  {usage.line()}" if usage else text
+
         with progress() as bar:
-            task = bar.add_task(self.kind, total=total, completed=first, note="")
-            for step in steps:
-                for result in step.results:
-                    self._take(result)
-                self.start = step.end
-                now = time.monotonic()
-                if now - noted > JOURNAL_EVERY_S:
+            task = bar.add_task(self.kind, total=total, completed=first, note=_Live(line))
+            try:
+                for step in steps:
+                    for result in step.results:
+                        self._take(result)
+                    self.tally.counts["llm"].update(step.counts)
+                    self.start = step.end
+                    if time.monotonic() - noted > JOURNAL_EVERY_S:
+                        self._note()
+                        noted = time.monotonic()
+                    bar.update(task, completed=self.start)
+            except UserError:  # a budget that is spent, a server that is gone: work to go on from
+                if self.start > first:
                     self._note()
-                    noted = now
-                rate = (self.start - first) / max(now - began, 1e-9)
-                note = f"{rate:,.0f}/s  {self.tally.line()}"
-                bar.update(task, completed=self.start, note=note)
+                raise
             bar.update(task, completed=self.start, total=self.start)
         if not self.tally.records:
             reasons = ", ".join(f"{r} {n:,}" for r, n in self.tally.dropped.most_common())
             raise UserError(f"{self.out}: no records to write ({reasons or 'nothing was read'})")
         self._note()
-        self.report = self._finished()
+        self.report = self._finished(usage)
         return self.report
 
     def _take(self, result: Kept | Dropped) -> None:
@@ -213,7 +230,7 @@ class Job:
             return False
         return True
 
-    def _finished(self) -> dict[str, Any]:
+    def _finished(self, usage: Usage | None) -> dict[str, Any]:
         """The report comes first: where OUT is, it is whole and has one."""
         with (self.folder / RECORDS).open("rb") as lines:
 
@@ -234,6 +251,7 @@ class Job:
                     "near": twice.near,
                     "examples": twice.examples,
                 },
+                **({"llm_this_run": asdict(usage)} if usage else {}),
                 "about": self.about,
                 "examples": [_brief(record_at(*at)) for at in _sample(self.folder / QUERIES)],
             }
@@ -255,6 +273,16 @@ class Job:
                 shutil.copyfileobj(source, target, 2**20)
             whole = self.folder / "packed"
         os.replace(whole, self.out)
+
+
+class _Live:
+    """A note that is written anew whenever the bar is drawn, for steps may be minutes apart."""
+
+    def __init__(self, line: Callable[[], str]) -> None:
+        self._line = line
+
+    def __str__(self) -> str:
+        return self._line()
 
 
 def _sample(path: Path) -> list[tuple[int, int]]:

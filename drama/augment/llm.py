@@ -139,6 +139,26 @@ class LLM:
         task.add_done_callback(lambda done: self._landed(key, done))
         return await asyncio.shield(task)
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether requests go into a batch file and nothing is sent."""
+        return self._batch is not None
+
+    def incomplete(self) -> IncompleteError:
+        """What is said, once all is done that can be, of requests that have no answer."""
+        if self._batch:
+            return IncompleteError(
+                f"{self._batch.num_requests:,} requests without an answer go into "
+                f"{self._batch.path}: answer them with `vllm run-batch -i {self._batch.path} -o "
+                f"RESULTS --model {self.model}`, and start the same command again with "
+                "`--batch-results RESULTS`"
+            )
+        return IncompleteError(
+            f"the budget of {self.limits.max_tokens_total:,} tokens is spent "
+            f"({self.usage.paid_tokens:,} were paid); the same command with another one goes on: "
+            f"what was answered is in {self._cache_path}"
+        )
+
     async def stream(
         self, requests: Iterable[tuple[T, Request]]
     ) -> AsyncIterator[tuple[T, Answer | Refusal]]:
@@ -185,7 +205,7 @@ class LLM:
             for task in tags:
                 task.cancel()
         if fault is not None:
-            raise self._incomplete() if isinstance(fault, IncompleteError) else fault
+            raise self.incomplete() if isinstance(fault, IncompleteError) else fault
 
     async def _send(self, request: Request, key: str) -> Answer | Refusal:
         """Try until there is an answer or a refusal."""
@@ -268,24 +288,11 @@ class LLM:
             raise self._fault
         if self._is_spent():
             self.usage.unanswered += 1
-            raise self._incomplete()
+            raise self.incomplete()
 
     def _is_spent(self) -> bool:
         budget = self.limits.max_tokens_total
         return budget is not None and self.usage.paid_tokens >= budget
-
-    def _incomplete(self) -> IncompleteError:
-        if self._batch:
-            return IncompleteError(
-                f"{self._batch.num_requests:,} requests without an answer go into "
-                f"{self._batch.path}: answer them with `vllm run-batch -i {self._batch.path} -o "
-                f"RESULTS --model {self.model}`, read RESULTS, and start the same command again"
-            )
-        return IncompleteError(
-            f"the budget of {self.limits.max_tokens_total:,} tokens is spent "
-            f"({self.usage.paid_tokens:,} were paid); the same command with another one goes on: "
-            f"what was answered is in {self._cache_path}"
-        )
 
     async def _left_for_batch(self, batch: BatchFile, key: str, request: Request) -> Refusal:
         if refusal := await self._in_thread(self._cache.refusal, key):
@@ -294,7 +301,7 @@ class LLM:
         self.usage.unanswered += 1
         body = request.body(self.model, self.extra)
         await self._in_thread(batch.add, key, body)
-        raise self._incomplete()
+        raise self.incomplete()
 
     def _stop(self, fault: UserError) -> None:
         """Send nothing more; what is on its way may arrive."""

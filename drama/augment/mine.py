@@ -9,32 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from drama.augment.corpus import Corpus, content_number, inputs_sha256, read_records
+from drama.augment.corpus import Corpus, content_number
+from drama.augment.given import Given
 from drama.augment.job import Dropped, Job, Kept, Step
 from drama.augment.pairs import DIGITS, ranking, scored_record
 from drama.augment.teacher import Retrieval, Teacher
 from drama.augment.windows import MINING, Windows, choose_negatives
-from drama.data.manifest import is_ours, read_manifest
 from drama.data.records import Record
-from drama.data.sources import Rows, Source
-from drama.errors import UserError
+from drama.data.sources import Source
 
 BATCH = 1024  # queries that are searched, and written, together
-
-
-@dataclass(frozen=True)
-class _Counted:
-    """A source of pairs and how many rows it has."""
-
-    source: Source
-    rows: int
 
 
 def mine(
@@ -54,25 +45,20 @@ def mine(
         UserError: a row that is no record with a query (its file and line); from `Job` and
             `Retrieval`.
     """
-    about = {
-        "records": [source.path for source in sources],
-        "records_files": inputs_sha256(sources),
-        **retrieval.about(),
-        **asdict(windows),
-    }
+    given = Given(sources)
+    about = {**given.about(), **retrieval.about(), **asdict(windows)}
     with Job(out, "mine", about) as job:
         if job.report is not None:
             return job.report
-        counted = [_Counted(source, _count(source)) for source in sources]
+        total = given.count()
         corpus, teacher = retrieval.open()
-        steps = _steps(counted, corpus, teacher, windows, job.start)
-        return job.run(steps, sum(item.rows for item in counted))
+        return job.run(_steps(given, corpus, teacher, windows, job.start), total)
 
 
 def _steps(
-    sources: Sequence[_Counted], corpus: Corpus, teacher: Teacher, windows: Windows, start: int
+    given: Given, corpus: Corpus, teacher: Teacher, windows: Windows, start: int
 ) -> Iterator[Step]:
-    records = _records(sources, start)
+    records = given.read(start)
     while batch := list(islice(records, BATCH)):
         start += len(batch)
         yield Step(start, _mined(batch, corpus, teacher, windows))
@@ -110,21 +96,3 @@ def _mined(
             )
         )
     return results
-
-
-def _records(sources: Sequence[_Counted], start: int) -> Iterator[Record]:
-    for item in sources:
-        if start < item.rows:
-            for where, record in read_records(item.source, skip=start):
-                if isinstance(record, UserError):
-                    raise UserError(f"{where}: {record}", record.reason)
-                if record.is_text:
-                    raise UserError(f"{where}: a text without a query; negatives are for pairs")
-                yield record
-        start = max(0, start - item.rows)
-
-
-def _count(source: Source) -> int:
-    if is_ours(Path(source.path)):
-        return read_manifest(source.path).num_records
-    return sum(1 for _ in Rows(source))

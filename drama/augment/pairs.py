@@ -29,7 +29,15 @@ def retrieved_pairs(
     """
     numbers_BK, scores_BK = teacher.search([query for query, _ in queries], windows.depth)
     return [
-        ranked_pair(corpus, windows, kind, query, own, *ranking(numbers, scores))
+        ranked_pair(
+            corpus,
+            windows,
+            Record(
+                query, (), query_id=f"{kind}:{own.document.id}", source=own.source, lang=own.lang
+            ),
+            int(corpus.contents[own.number]),
+            *ranking(numbers, scores),
+        )
         for (query, own), numbers, scores in zip(queries, numbers_BK, scores_BK, strict=True)
     ]
 
@@ -43,34 +51,26 @@ def ranking(numbers_K: np.ndarray, scores_K: np.ndarray) -> tuple[list[int], lis
 def ranked_pair(
     corpus: Corpus,
     windows: Windows,
-    kind: str,
-    query: str,
-    own: CorpusDocument,
+    asked: Record,
+    own: int | None,
     numbers: Sequence[int],
     scores: Sequence[float],
 ) -> Kept | Dropped:
-    """The record of one query.
+    """The record of one query: `asked` with other documents.
 
+    own: the content of the document that the query was made from, if it is known.
     numbers: documents, best first, in the teacher's order or another's. scores: the teacher's.
     """
     contents: list[int] = corpus.contents[list(numbers)].tolist()
-    chosen = choose(windows, contents, scores, int(corpus.contents[own.number]))
+    chosen = choose(windows, contents, scores, own)
     if not chosen.positives:
         return Dropped("no positive left")
     places = [*chosen.positives, *chosen.negatives]
-    documents = [corpus[numbers[place]].document for place in places]
-    record = scored_record(
-        Record(
-            query,
-            tuple(documents[: len(chosen.positives)]),
-            tuple(documents[len(chosen.positives) :]),
-            query_id=f"{kind}:{own.document.id}",
-            source=own.source,
-            lang=own.lang,
-        ),
-        [scores[place] for place in places],
-    )
-    return Kept(record, chosen.own_rank, chosen.left_out)
+    documents = tuple(corpus[numbers[place]].document for place in places)
+    count = len(chosen.positives)
+    record = dataclasses.replace(asked, positives=documents[:count], negatives=documents[count:])
+    scored = scored_record(record, [scores[place] for place in places])
+    return Kept(scored, chosen.own_rank, chosen.left_out)
 
 
 def scored_record(record: Record, scores: Sequence[float]) -> Record:

@@ -25,6 +25,7 @@ class Tally:
         "query_chars",
         "document_chars",
         "own_ranks",
+        "llm",
     )
 
     def __init__(self) -> None:

@@ -22,12 +22,12 @@ class Call:
     request: web.Request
 
 
-Behave = Callable[[Call], Awaitable[web.StreamResponse | None]]
+Behave = Callable[[Call], Awaitable[web.StreamResponse | str | None]]
 
 
 class ChatServer:
     """Runs in a thread; a context manager. Answers "echo: PROMPT" at 10 tokens in all, unless
-    `behave` returns another response.
+    `behave` returns another response, or a str for another text.
 
     paid: by prompt, how often an answer was written for a client that was still there.
     """
@@ -89,13 +89,16 @@ class ChatServer:
             self.calls.append(body)
             self.keys.append(request.headers.get("Authorization"))
             self.seen[prompt] += 1
+            text = f"echo: {prompt}"
             if self.behave is not None:
                 response = await self.behave(Call(prompt, self.seen[prompt], body, request))
-                if response is not None:
+                if isinstance(response, str):
+                    text = response
+                elif response is not None:
                     return response
             if request.transport is not None and not request.transport.is_closing():
                 self.paid[prompt] += 1
-            return web.json_response(completion(f"echo: {prompt}", usage=self.usage))
+            return web.json_response(completion(text, usage=self.usage))
         finally:
             self.in_flight -= 1
 

@@ -90,16 +90,21 @@ MINING = Windows(depth=50, positives=None, negatives=(1, 20), share=0.95)
 
 @dataclass(frozen=True)
 class Chosen:
-    """Places in a ranking, from 0. `own_rank`: where the query's own text stands, from 1; 0 for
-    deeper than the list. left_out: candidates for negatives that are none, by reason."""
+    """Places in a ranking, from 0.
+
+    own_rank: where the query's own text stands, from 1; 0 for deeper than the list, None where
+        there is none. left_out: candidates for negatives that are none, by reason.
+    """
 
     positives: list[int]
     negatives: list[int]
-    own_rank: int
+    own_rank: int | None
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def choose(windows: Windows, contents: Sequence[int], scores: Sequence[float], own: int) -> Chosen:
+def choose(
+    windows: Windows, contents: Sequence[int], scores: Sequence[float], own: int | None
+) -> Chosen:
     """Cut a ranking, best first, into positives and negatives.
 
     Equal texts under other ids count as one: the first of several positives stays, and none
@@ -107,17 +112,19 @@ def choose(windows: Windows, contents: Sequence[int], scores: Sequence[float], o
 
     Args:
         contents: for each rank, what equal texts have in common. scores: the teacher's.
-        own: the content of the document that the query was made from.
+        own: the content of the document that the query was made from; None where none is known.
     """
     assert windows.positives is not None
     first, last = windows.positives
     positives: list[int] = []
-    taken = {own} if windows.own == "out" else set()
+    taken = {own} if own is not None and windows.own == "out" else set()
     for place in range(first - 1, min(last, len(contents))):
         if contents[place] not in taken:
             taken.add(contents[place])
             positives.append(place)
-    own_rank = next((rank for rank, c in enumerate(contents, 1) if c == own), 0)
+    own_rank: int | None = next((rank for rank, c in enumerate(contents, 1) if c == own), 0)
+    if own is None:
+        own_rank = None
     if not positives:
         return Chosen([], [], own_rank)
     lowest = min(scores[place] for place in positives)

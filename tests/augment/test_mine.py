@@ -151,7 +151,7 @@ def test_equal_ids_of_other_documents_keep_their_scores_apart(world, tmp_path):
 
 
 def test_what_is_no_pair_is_named(world, tmp_path):
-    with pytest.raises(UserError, match=r"corpus\.jsonl:1: a text without a query; negatives are"):
+    with pytest.raises(UserError, match=r"corpus\.jsonl:1: a text without a query; give pairs"):
         run(world, tmp_path / "out.jsonl", MINING, pairs=("corpus.jsonl",))
     (tmp_path / "bad.jsonl").write_text('{"query": "q", "positives": []}\n')
     with pytest.raises(UserError, match=r"bad\.jsonl:1: positives is empty"):
