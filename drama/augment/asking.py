@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from drama.augment.batch import read_results
 from drama.augment.cache import Cache
@@ -18,6 +19,8 @@ from drama.augment.patience import Limits
 from drama.augment.prompts import Message, Prompt
 from drama.console import console
 from drama.errors import UserError
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,21 @@ class Talk:
         self.counts["prompt tokens"] += outcome.prompt_tokens
         self.counts["completion tokens"] += outcome.completion_tokens
         return outcome.text
+
+
+async def together(works: Iterable[Awaitable[R]]) -> list[R]:
+    """The results of all, in order. Where one fails the others still come to their end first, so
+    that a batch file lacks none of their requests.
+
+    Raises:
+        Exception: the first one's.
+    """
+    results: list[R] = []
+    for result in await asyncio.gather(*works, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+        results.append(result)
+    return results
 
 
 def parse_extra(text: str) -> dict[str, Any]:

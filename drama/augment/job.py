@@ -170,7 +170,7 @@ class Job:
         def line() -> str:
             rate = (self.start - first) / max(time.monotonic() - began, 1e-9)
             text = f"{rate:,.3g}/s  {self.tally.line()}"
-            return f"{text}  {usage.line()}" if usage else text
+            return f"{text}\n{usage.line()}" if usage else text
 
         with progress() as bar:
             task = bar.add_task(self.kind, total=total, completed=first, note=_Live(line))

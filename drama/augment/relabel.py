@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from drama.augment.asking import Asking, Talk
+from drama.augment.asking import Asking, Talk, together
 from drama.augment.given import Given
 from drama.augment.in_order import InOrder, steps
 from drama.augment.job import Dropped, Job, Kept
@@ -23,7 +24,12 @@ from drama.data.sources import Source
 
 BATCH = 64  # records that are written together
 WINDOW = 20  # passages of one call
-RIGHT, NO_LABEL, NO_ANSWER = "right", "without a judgement", "in answers of no use"
+NO_ANSWER = "answers of no use"
+OUTCOMES = {
+    True: "negatives that are relevant",
+    False: "negatives that are right",
+    None: "negatives without a judgement",
+}
 Found = Literal["move", "drop"]
 
 
@@ -45,23 +51,26 @@ def relabel(
     prompt = Prompt.load("relabel", asking.prompt)
     given = Given(sources)
 
+    async def labels(record: Record, start: int, talk: Talk) -> list[bool | None]:
+        """What is said of the negatives of one call."""
+        passages = [item.full_text for item in record.negatives[start : start + WINDOW]]
+        known = record.positives[0].full_text
+        messages = relabel_messages(prompt, record.query, known, passages, max_chars)
+        answer = await talk.ask(asking.request(messages))
+        read = parse_labels(answer, len(passages)) if isinstance(answer, str) else answer
+        if isinstance(read, tuple):
+            return list(read)
+        talk.counts[NO_ANSWER] += 1
+        return [None] * len(passages)
+
     async def work(record: Record, talk: Talk) -> Kept | Dropped:
+        starts = range(0, len(record.negatives), WINDOW)
+        parts = await together(labels(record, start, talk) for start in starts)
         relevant: list[Document] = []
-        for start in range(0, len(record.negatives), WINDOW):
-            part = record.negatives[start : start + WINDOW]
-            passages = [document.full_text for document in part]
-            known = record.positives[0].full_text
-            messages = relabel_messages(prompt, record.query, known, passages, max_chars)
-            answer = await talk.ask(asking.request(messages))
-            labels = parse_labels(answer, len(part)) if isinstance(answer, str) else answer
-            if not isinstance(labels, tuple):
-                talk.counts[f"negatives {NO_ANSWER}"] += len(part)
-                continue
-            for document, label in zip(part, labels, strict=True):
-                outcome = {True: f"relevant, {found}", False: RIGHT, None: NO_LABEL}[label]
-                talk.counts[f"negatives {outcome}"] += 1
-                if label:
-                    relevant.append(document)
+        for document, label in zip(record.negatives, chain.from_iterable(parts), strict=True):
+            talk.counts[OUTCOMES[label]] += 1
+            if label:
+                relevant.append(document)
         return Kept(_without(record, relevant, found))
 
     about = {**given.about(), **asking.about(prompt), "found": found, "passage_chars": max_chars}

@@ -1,15 +1,26 @@
-"""A chat server for tests: real HTTP on a free port; it counts what reaches it, fails on demand."""
+"""For tests: a chat server, real HTTP on a free port, that counts what reaches it and fails on
+demand; the answers of a pretended model; batch runs without vLLM; commands that are killed."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from aiohttp import web
+
+from drama.augment.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -115,3 +126,94 @@ def completion(text: str | None, *, usage: bool = True) -> dict[str, Any]:
     if usage:
         body["usage"] = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
     return body
+
+
+def pretend(prompt: str) -> str:
+    """What a model would write, a function of the prompt alone."""
+    if "Task, query (in the language" in prompt:
+        found = re.search(r"<document>\s*(.*?)\s*</document>", prompt, re.S)
+        assert found is not None
+        words = re.findall(r"\w+", found[1])
+        return f"Task: find it.\nQuery: what is the {words[-1]} of {words[5]}?\nLanguage: English"
+    if "in order by how well" in prompt:
+        last = len(re.findall(r"^\[\d+\] ", prompt, re.M))
+        return " > ".join(f"[{number}]" for number in range(last, 0, -1))
+    if "passages relevant to this query?" in prompt:
+        passages = re.findall(r"^\[(\d+)\] (.*)$", prompt, re.M)
+        return "\n".join(f"[{n}] {'yes' if 'truth' in text else 'no'}" for n, text in passages)
+    if found := re.search(r"Write (\d+) retrieval tasks.\nField: (.*)", prompt):
+        return "\n".join(
+            f"- Given a question number {n} about {found[2]}, find its answer."
+            for n in range(int(found[1]))
+        )
+    found = re.search(r"Retrieval task: (.*)", prompt)
+    assert found is not None, prompt
+    about = found[1].removeprefix("Given a question ")
+    length = re.search(r'"query": (.*?)\. It', prompt)
+    return json.dumps(
+        {
+            "query": f"what about {about} in {length[1] if length else ''}",
+            "positive": f"This is what is known of {about}, in many words.",
+            "negative": f"This is something else than {about}, in many words.",
+        }
+    )
+
+
+def served(
+    text_of: Callable[[str], str] = pretend, delay_s: Callable[[Call], float] | None = None
+) -> ChatServer:
+    """A server that answers every prompt with a text, after a while."""
+
+    async def behave(call: Call) -> str:
+        if delay_s is not None:
+            await asyncio.sleep(delay_s(call))
+        return text_of(call.prompt)
+
+    return ChatServer(behave)
+
+
+def answer_batch(path: Path, results: Path) -> int:
+    """What `vllm run-batch` does; how many requests it answered."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    with results.open("w") as file:
+        for line in lines:
+            body = completion(pretend(line["body"]["messages"][-1]["content"]))
+            row = {"custom_id": line["custom_id"], "error": None}
+            row["response"] = {"status_code": 200, "body": body}
+            file.write(json.dumps(row) + "\n")
+    return len(lines)
+
+
+def held_answers(path: Path) -> int:
+    """How many answers a cache holds."""
+    cache = Cache(path)
+    try:
+        return len(cache)
+    finally:
+        cache.close()
+
+
+def killed(folder: Path, module: str, size: str, out: Path, *arguments: object) -> int:
+    """Run a real command in small steps, kill it once it has noted a position, and return that.
+
+    module: of `drama.augment`; size: such as "BATCH = 10", a name in it. folder: for the driver.
+    """
+    driver = folder / "driver.py"
+    driver.write_text(
+        "import sys\n"
+        f"from drama.augment import {module} as kind, job\n"
+        "from drama.cli import main\n"
+        f"kind.{size}\n"
+        "job.JOURNAL_EVERY_S = 0.0\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-P", str(driver), *map(str, arguments), "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    journal = out.with_name(f".{out.name}.partial") / "journal.json"
+    end = time.monotonic() + 120
+    while not journal.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the job ended before it could be killed"
+    return int(json.loads(journal.read_text())["start"])

@@ -6,14 +6,13 @@ is asked of triplet number `index` is a function of the seed and of `index` alon
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from drama.augment import answers
-from drama.augment.asking import Asking, Talk
+from drama.augment.asking import Asking, Talk, together
 from drama.augment.grid import draw, draw_subject
 from drama.augment.in_order import AHEAD, Done, InOrder
 from drama.augment.job import Dropped, Job, Kept, Step
@@ -80,17 +79,9 @@ def make_triplets(out: str | Path, asking: Asking, options: TripletOptions) -> d
         tasks = answers.parse_tasks(answer) if isinstance(answer, str) else answer
         if not isinstance(tasks, tuple):
             return [Dropped(f"no task: {tasks.reason}")] * len(indices)
-        # all of them are asked, whatever becomes of the first
-        found = await asyncio.gather(
-            *(triplet(index, tasks[(index - start) % len(tasks)], talk) for index in indices),
-            return_exceptions=True,
+        return await together(
+            triplet(index, tasks[(index - start) % len(tasks)], talk) for index in indices
         )
-        results: list[Kept | Dropped] = []
-        for result in found:
-            if isinstance(result, BaseException):
-                raise result
-            results.append(result)
-        return results
 
     async def triplet(index: int, task: str, talk: Talk) -> Kept | Dropped:
         form = draw(asking.seed, index, options.languages)

@@ -1,0 +1,196 @@
+"""`drama augment queries | rerank | triplets | relabel`, from files to shards, and one line for bad
+input."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from drama.augment.testing import answer_batch
+from drama.cli import main
+from drama.data.sources import read_source
+from drama.data.stream import open_pairs
+
+KINDS = ("queries", "rerank", "triplets", "relabel")
+SMOLLM = Path(__file__).parents[2] / "models" / "SmolLM2-135M"
+
+
+def drama(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def said(*arguments):
+    result = drama(*arguments)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return " ".join(result.stderr.split())
+
+
+def refused(*arguments):
+    """The one line of an error, of a command that ends with exit code 2."""
+    result = drama(*arguments)
+    assert result.exit_code == 2, (result.stderr, result.exception)
+    assert "Traceback" not in result.stderr
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def commands(llm_world, tmp_path):
+    """The arguments of each kind but for the server."""
+    teacher = ("--teacher", llm_world / "model", "--work", tmp_path / "work")
+    ranks = ("--depth", 20, "--positives", "1-3", "--negatives", "10-20")
+    corpus = llm_world / "c.jsonl"
+    queries = tmp_path / "queries.jsonl.gz"
+    reranked = tmp_path / "rerank.jsonl.zst"
+    triplets = tmp_path / "triplets.jsonl"
+    relabelled = tmp_path / "relabel.jsonl.xz"
+    given = {
+        "queries": (f"sci={corpus}", *teacher, *ranks, "--out", queries),
+        "rerank": (queries, "--corpus", f"sci={corpus}", *teacher, "--out", reranked),
+        "triplets": ("--number", 30, "--languages", "en", "--out", triplets),
+        "relabel": (llm_world / "pairs.jsonl", "--out", relabelled, "--found", "drop"),
+    }
+    return {kind: ("augment", kind, *rest, "--model", "tiny") for kind, rest in given.items()}
+
+
+def out_of(command):
+    return Path(command[command.index("--out") + 1])
+
+
+def test_all_four_kinds_from_text_to_shards(commands, server, tmp_path):
+    text = {kind: said(*commands[kind], "--base-url", server.url) for kind in KINDS}
+    assert "queries.jsonl.gz: 60 records of 60 documents" in text["queries"]
+    assert "the query's own document is first for" in text["queries"]
+    assert "calls 60" in text["queries"]
+    assert "60 calls sent, 0 cached, tokens paid 420 + 180" in text["queries"]
+    assert "rerank.jsonl.zst: 60 records of 60 records" in text["rerank"]
+    assert "triplets.jsonl: 30 records of 30 triplets" in text["triplets"]
+    assert "negatives that are relevant" in text["relabel"]
+    outs = [out_of(commands[kind]) for kind in KINDS]
+    said("shard", *outs, "--out", tmp_path / "shards", "--workers", 1)
+    shards = open_pairs([tmp_path / "shards"])
+    assert len(shards) == 60 + 60 + 30 + 30
+    assert {"sci", "triplets", "pairs"} <= set(shards.sources)
+    reranked = list(read_source(outs[1]))
+    assert all(len(record.positives) == 1 for record in reranked)
+    assert all(8 <= len(record.negatives) <= 11 for record in reranked)
+    assert len(list((tmp_path / "work").glob("vectors-*"))) == 1  # encoded once for both
+    assert (tmp_path / "work" / "answers.sqlite").is_file()
+    assert (tmp_path / "triplets.answers.sqlite").is_file()
+    report = json.loads((tmp_path / "queries.report.json").read_text())
+    assert report["llm_this_run"]["prompt_tokens"] == 420
+    assert report["about"]["prompts"][0].startswith("queries-1-")
+    paid = len(server.calls)
+    assert "is there already" in said(*commands["rerank"], "--base-url", server.url)
+    assert len(server.calls) == paid
+
+
+def test_budget_then_batch_then_done(commands, server, tmp_path):
+    command = (*commands["queries"], "--base-url", server.url)
+    line = refused(*command, "--max-tokens-total", 100, "--concurrency", 2)
+    assert line.startswith("drama: error: the budget of 100 tokens is spent (1")
+    batch, results = tmp_path / "todo.jsonl", tmp_path / "answers.jsonl"
+    line = refused(*command, "--offline-batch", batch)
+    assert f"vllm run-batch -i {batch} -o RESULTS --model tiny" in line
+    assert line.endswith("start the same command again with `--batch-results RESULTS`")
+    answered = answer_batch(batch, results)
+    paid = len(server.calls)
+    assert answered + paid == 60
+    text = said(*command, "--batch-results", results)
+    assert f"answers.jsonl: {answered} answers, 0 refused" in text
+    assert len(server.calls) == paid
+
+
+def test_parameters_reach_the_server_and_the_report(commands, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret")
+    extra = '{"chat_template_kwargs": {"enable_thinking": false}}'
+    said(*commands["relabel"], "--base-url", server.url, "--temperature", 0.3, "--top-p", 0.7,
+         "--seed", 9, "--max-tokens", 77, "--extra", extra, "--api-key-env", "MY_KEY",
+         "--cache", tmp_path / "mine.sqlite", "--concurrency", 3)  # fmt: skip
+    body = server.calls[0]
+    assert [body[key] for key in ("model", "temperature", "top_p", "seed", "max_tokens")] == [
+        "tiny", 0.3, 0.7, 9, 77,
+    ]  # fmt: skip
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert server.keys[0] == "Bearer secret"
+    assert server.most_in_flight <= 3
+    assert (tmp_path / "mine.sqlite").is_file()
+    about = json.loads((tmp_path / "relabel.report.json").read_text())["about"]
+    assert (about["temperature"], about["extra"]) == (0.3, json.loads(extra))
+    line = refused(*commands["relabel"], "--base-url", server.url, "--seed", 1)
+    assert "made otherwise" in line
+    assert "seed 9, not 1" in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("queries", "--base-url ftp://x", "'ftp://x' is no address of an LLM"),
+        ("queries", "--extra [1]", "extra '[1]' is no JSON object"),
+        ("relabel", '--extra {"model":"x"}', "model cannot be set as an extra field"),
+        ("triplets", "--languages en,xx", "'xx' is not known"),
+        ("triplets", "--prompt gone.yaml", "prompt gone.yaml does not exist"),
+        ("relabel", "--batch-results gone.jsonl", "gone.jsonl does not exist"),
+        ("rerank", "--step 30", "window 20, step 30"),
+        ("queries", "--negatives 3-60", "ranks ascend from 1 to the depth"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_left(
+    commands, llm_world, tmp_path, monkeypatch, kind, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    command = list(commands[kind])
+    if kind == "rerank":
+        command[2] = llm_world / "pairs.jsonl"
+    assert message in refused(*command, *arguments.split())
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not [name for name in left if "partial" in name or name == out_of(command).name]
+
+
+def test_help_teaches():
+    for kind in KINDS:
+        shown = drama("augment", kind, "--help")
+        assert shown.exit_code == 0
+        assert "vllm serve" in shown.stdout
+        assert f"drama augment {kind}" in shown.stdout
+        assert "--offline-batch" in shown.stdout
+        assert kind in drama("augment", "--help").stdout
+
+
+@pytest.mark.slow
+def test_a_real_server_of_transformers(commands, tmp_path):
+    program = shutil.which("transformers", path=str(Path(sys.executable).parent))
+    if program is None or find_spec("fastapi") is None:
+        pytest.skip("`transformers serve` needs fastapi and uvicorn, which are not installed")
+    if not SMOLLM.is_dir():
+        pytest.skip(f"{SMOLLM} is not there")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with (tmp_path / "log").open("w") as log:
+        command = [program, "serve", "--port", str(port), "--device", "cpu"]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(1)
+        rest = ("--base-url", f"{url}/v1", "--concurrency", 2, "--max-tokens", 48)
+        command = [*commands["queries"][:-1], SMOLLM]
+        result = drama(*command, *rest)
+        assert result.exit_code in (0, 2), (result.stderr, result.exception)
+        assert "60 records" in result.stderr or "no records to write" in result.stderr
+    finally:
+        process.terminate()
+        process.wait(30)
