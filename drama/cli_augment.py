@@ -254,7 +254,7 @@ def say_report(out: Path, report: dict[str, Any], read: str) -> None:
     twice = report["duplicate_queries"]
     if twice["exact"] or twice["near"]:
         _say(f"  queries that come twice: {twice['exact']:,} exactly, {twice['near']:,} nearly")
-    if llm := report["llm"]:
+    if llm := report.get("llm"):
         counts = ", ".join(f"{name} {count:,}" for name, count in llm.items())
         _say(f"  language model: {counts}")
     if paid := report.get("llm_this_run"):

@@ -130,6 +130,8 @@ class Talk:
             return Dropped(f"refused by the server, {outcome.reason}")
         self.counts["prompt tokens"] += outcome.prompt_tokens
         self.counts["completion tokens"] += outcome.completion_tokens
+        if outcome.finish_reason == "length":
+            self.counts["answers cut off"] += 1
         return outcome.text
 
 

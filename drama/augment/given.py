@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ class Given:
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
-        self._rows: list[int] = []
 
     def about(self) -> dict[str, Any]:
         """Plain values that change whenever a record may."""
@@ -27,9 +27,11 @@ class Given:
             "records_files": inputs_sha256(self._sources),
         }
 
-    def count(self) -> int:
-        """How many rows there are; `read` wants it to have been called."""
-        self._rows = [_count(source) for source in self._sources]
+    @cached_property
+    def _rows(self) -> list[int]:
+        return [_count(source) for source in self._sources]  # a file is read through for it
+
+    def __len__(self) -> int:
         return sum(self._rows)
 
     def read(self, start: int) -> Iterator[Record]:

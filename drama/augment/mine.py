@@ -50,7 +50,7 @@ def mine(
     with Job(out, "mine", about) as job:
         if job.report is not None:
             return job.report
-        total = given.count()
+        total = len(given)
         corpus, teacher = retrieval.open()
         return job.run(_steps(given, corpus, teacher, windows, job.start), total)
 

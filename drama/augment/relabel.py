@@ -77,7 +77,7 @@ def relabel(
     with Job(out, "relabel", about) as job:
         if job.report is not None:
             return job.report
-        llm, total = asking.open(), given.count()
+        llm, total = asking.open(), len(given)
         with InOrder(llm, given.read(job.start), work) as results:
             return job.run(steps(results, BATCH, job.start), total, llm.usage)
 

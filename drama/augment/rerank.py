@@ -88,7 +88,7 @@ def rerank(
     with Job(out, "rerank", about) as job:
         if job.report is not None:
             return job.report
-        llm, total = asking.open(), given.count()
+        llm, total = asking.open(), len(given)
         corpus, teacher = retrieval.open()
 
         async def work(row: _Ranked, talk: Talk) -> Kept | Dropped:

@@ -133,3 +133,10 @@ def test_ranks_are_read_and_written():
     for text in ("", "a", "1-", "-3", "1-2-3", "1.5"):
         with pytest.raises(UserError, match="is no range; write FIRST-LAST"):
             parse_ranks(text)
+
+
+def test_without_an_own_document_nothing_is_left_out_and_no_rank_is_told():
+    windows = Windows(depth=6, positives=(1, 1), negatives=(3, 6), own="out")
+    chosen = choose(windows, range(6), [0.9] * 6, own=None)
+    assert (chosen.positives, chosen.negatives) == ([0], [2, 3, 4, 5])
+    assert chosen.own_rank is None
