@@ -64,6 +64,7 @@ class InOrder(Generic[T, R]):
         self._stopped = threading.Event()  # no further row is read
         self._started = threading.Event()
         self._arrived: SimpleQueue[Done[R] | BaseException | None] = SimpleQueue()
+        self._talks: set[asyncio.Task[Done[R]]] = set()
         self._reader = ThreadPoolExecutor(1, "drama-rows")
         self._thread = threading.Thread(target=self._main, name="drama-llm", daemon=True)
 
@@ -112,13 +113,21 @@ class InOrder(Generic[T, R]):
         order: asyncio.Queue[asyncio.Future[Done[R]] | None] = asyncio.Queue()
         async with self._llm:
             feeding = asyncio.create_task(self._feed(order))
-            await self._drain(order)
-            await feeding
+            try:
+                await self._drain(order)
+            finally:  # of Ctrl-C: nobody is left who would ask the client that closes
+                left = [feeding, *self._talks]
+                for task in left:
+                    task.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
 
     async def _feed(self, order: asyncio.Queue[asyncio.Future[Done[R]] | None]) -> None:
         try:
             while row := await self._loop.run_in_executor(self._reader, self._next):
-                order.put_nowait(asyncio.create_task(self._one(row[0])))
+                talk = asyncio.create_task(self._one(row[0]))
+                self._talks.add(talk)
+                talk.add_done_callback(self._talks.discard)
+                order.put_nowait(talk)
         except Exception as error:  # of the rows: the results before it come first
             fault: asyncio.Future[Done[R]] = self._loop.create_future()
             fault.set_exception(error)
