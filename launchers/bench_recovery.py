@@ -4,7 +4,7 @@
     python launchers/bench_recovery.py --model backbone-0.1b --parent Llama-3.2-1B \\
         --shards shards/text --texts 64 --length 1024
 
-One process. Rows go to benchmarks/recovery.csv: tokens/s, peak memory beyond weights and optimizer,
+One process. Rows go to benchmarks/recovery.csv: tokens/s, the peak memory of forward and backward,
 and the seconds of each phase of a step. Only tokens of the texts count, not padding.
 """
 

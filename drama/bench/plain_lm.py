@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ class PlainLM:
     def step(self, passes: Sequence[Mapping[str, Tensor]]) -> float:
         """One step over passes of equal weight, each the arguments of the model's forward; the mean
         loss."""
+        loss = self.backward(passes)
+        start = time.perf_counter()
+        self.grad_norm = step_engine(self.engine)
+        self.seconds["step"] = time.perf_counter() - start
+        return loss
+
+    def backward(self, passes: Sequence[Mapping[str, Tensor]]) -> float:
+        """The same without the optimizer."""
         watch, total = Stopwatch(self.device), 0.0
         for number, batch in enumerate(passes, 1):
             on_device = {name: x.to(self.device) for name, x in batch.items()}
@@ -46,7 +55,5 @@ class PlainLM:
             if number < len(passes):
                 self.engine.step()
             total += loss.item() / len(passes)
-        self.grad_norm = step_engine(self.engine)
-        watch.lap("step")
         self.seconds = watch.seconds
         return total

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,20 +83,22 @@ def measure(
     blocks = in_rows(batch, min(recipe.data.length, batch.num_tokens))
     phases: dict[str, dict[str, float]] = {}
 
-    def theirs(name: str, passes: dict[str, Tensor]) -> None:
-        plain.step([passes])
+    def theirs(name: str, passes: dict[str, Tensor], steps: bool = True) -> None:
+        (plain.step if steps else plain.backward)([passes])
         phases[name] = plain.seconds
 
-    def ours(name: str, recoverer: Recoverer, budget: int, recompute: bool) -> None:
-        recoverer.step_runner.token_budget = budget
-        recoverer.student.recompute = recompute
-        phases[name] = recoverer.step_runner.step(batch).seconds
+    def ours(
+        name: str, recoverer: Recoverer, budget: int, recompute: bool, steps: bool = True
+    ) -> None:
+        runner = recoverer.step_runner
+        runner.token_budget, recoverer.student.recompute = budget, recompute
+        phases[name] = (runner.step if steps else runner.backward)(batch).seconds
 
     all_at_once = batch.num_tokens
     smaller = -(-all_at_once // QUARTER)
     smaller = max(smaller, int(batch.rows.lengths.max()))
-    runs: dict[str, Callable[[], None]] = {}
-    add: Any = functools.partial
+    runs: dict[str, Any] = {}
+    add = functools.partial
     runs["transformers, padded"] = add(theirs, "transformers, padded", whole)
     runs["transformers, rows of equal length"] = add(
         theirs, "transformers, rows of equal length", blocks
@@ -110,7 +111,7 @@ def measure(
     ):
         runs[name] = add(ours, name, recoverer, budget, recompute)
     times = interleaved(runs, device, seconds=seconds, rounds=8)
-    lengths = batch.rows.lengths
+    last, lengths = dict(phases), batch.rows.lengths
     config = {
         "model": recipe.model.path.name,
         "texts": len(lengths),
@@ -126,10 +127,11 @@ def measure(
         provider = "transformers" if name.startswith("transformers") else "ours"
         tokens = blocks["input_ids"].numel() if "rows of" in name else batch.num_tokens
         rates = [tokens / second for second in spent]
-        memory = peak_bytes(runs[name], device) / 2**20
+        # the optimizer's own temporaries, the same in all ways, would hide what differs
+        memory = peak_bytes(functools.partial(runs[name], steps=False), device) / 2**20
         rows.add(provider, "step", "tokens/s", name, rates, config)
-        rows.add(provider, "step", "MiB", name, [memory], config)
-        for phase, value in phases[name].items():
+        rows.add(provider, "forward and backward", "MiB", name, [memory], config)
+        for phase, value in last[name].items():
             rows.add(provider, phase, "seconds", name, [value], config)
         found[name] = (statistics.median(rates), memory)
     return found

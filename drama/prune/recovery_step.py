@@ -9,9 +9,10 @@ P predictions of a chunk, S sources.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ class StepOutput:
     sums_S: list[float]
     counts_S: list[int]
     num_chunks: int
-    grad_norm: float
-    seconds: dict[str, float]
+    grad_norm: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class RecoveryStep:
@@ -74,7 +75,15 @@ class RecoveryStep:
         self.imitates = bool(self.loss.kl or self.loss.hidden)
 
     def step(self, batch: TextBatch) -> StepOutput:
-        """Forward and backward of every chunk, then the optimiser's and the schedule's step."""
+        """Backward, then the optimiser's and the schedule's step."""
+        output = self.backward(batch)
+        start = time.perf_counter()
+        output.grad_norm = step_engine(self.engine)
+        output.seconds["step"] = time.perf_counter() - start
+        return output
+
+    def backward(self, batch: TextBatch) -> StepOutput:
+        """Leave the gradient of the global batch in the engine, reduced; does not step."""
         watch = Stopwatch(self.device)
         total = int(self._sum(torch.tensor(float(self._count(batch)), dtype=torch.float64)).item())
         # by source: cross-entropy and predictions; then KL and states over all
@@ -102,16 +111,12 @@ class RecoveryStep:
                 figures[-2] += kl_P.double().sum().item()
                 figures[-1] += apart.item()
         watch.lap("backward")  # the reduction
-        grad_norm = step_engine(self.engine)
-        watch.lap("step")
         *by_source, kl, apart_sum = self._sum(figures).tolist()
         sums_S, counts_S = by_source[: self.num_sources], by_source[self.num_sources :]
         lm, kl, hidden = (x / max(1, total) for x in (sum(sums_S), kl, apart_sum))
         parts = self.loss.lm * lm + self.loss.kl * kl + self.loss.hidden * hidden
         counts = [int(n) for n in counts_S]
-        return StepOutput(
-            parts, lm, kl, hidden, sums_S, counts, len(chunks), grad_norm, watch.seconds
-        )
+        return StepOutput(parts, lm, kl, hidden, sums_S, counts, len(chunks), seconds=watch.seconds)
 
     @torch.no_grad()
     def evaluate(

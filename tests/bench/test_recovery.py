@@ -46,7 +46,11 @@ def test_a_row_for_every_way_and_phase(tmp_path: Path) -> None:
     assert len(ways) == 6
     for way in ways:
         of_way = {(r["mode"], r["metric"]): float(r["median"]) for r in rows if r["x"] == way}
-        assert {("step", "tokens/s"), ("step", "MiB"), ("forward", "seconds")} <= of_way.keys()
+        assert {
+            ("step", "tokens/s"),
+            ("forward and backward", "MiB"),
+            ("forward", "seconds"),
+        } <= of_way.keys()
         assert min(of_way.values()) > 0
     facts = json.loads(rows[0]["config"])
     assert facts["texts"] == 8
