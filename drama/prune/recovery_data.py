@@ -65,7 +65,7 @@ class Texts:
         check_lanes_feed(data.lanes, ranks.world_size)
         self.shards = self._open(data.shards)
         self.order = self._order(data.weights)
-        self.batches = self._texts(self.shards, self.order)
+        self.batches = self._texts(self.shards, self.order, seed=recipe.seed)
         self.sources = self.batches.sources
         self.domains: DomainWeights | None = None
         self.held_out: TextBatch | None = None
@@ -104,14 +104,14 @@ class Texts:
             window=data.window,
         )
 
-    def _texts(self, shards: ShardSet, order: Any) -> RankTexts:
+    def _texts(self, shards: ShardSet, order: Any, *, seed: int) -> RankTexts:
         return RankTexts(
             shards,
             order,
             self.encoder,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            seed=self.recipe.seed,
+            seed=seed,
             max_tokens=self.recipe.data.length,
             on_bad=self.recipe.data.on_bad,
         )
@@ -120,7 +120,8 @@ class Texts:
         chosen = self.recipe.eval
         check_held_out(chosen.shards, self.shards)
         shards = self._open(chosen.shards)
-        texts = self._texts(shards, _Listed(_spread(shards, chosen.max_texts)))
+        order = _Listed(_spread(shards, chosen.max_texts))
+        texts = self._texts(shards, order, seed=0)  # the same windows, whatever the run's seed
         self.held_out, self.held_out_sources = texts[0], texts.sources
         for bad in self.held_out.bad:
             console.print(f"eval: left out: {bad.message}", markup=False)
