@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from drama.errors import UserError
 from drama.prune.recipe import PruneRecipe
+from drama.prune.recovery_recipe import RecoveryRecipe
 from drama.recipe import Recipe
 from drama.settings import DS_CONFIGS
 
@@ -67,10 +68,16 @@ def test_a_saved_recipe_reads_back_equal_with_every_default_spelled_out(
 
 @pytest.mark.parametrize("shipped", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_recipe_loads(shipped: Path) -> None:
-    recipe: Any = (PruneRecipe if shipped.stem.startswith("prune") else Recipe).load(shipped)
+    kinds: dict[str, tuple[Any, str]] = {
+        "prune-learned": (PruneRecipe, "batch_rows"),
+        "prune-iterated": (RecoveryRecipe, "batch_texts"),
+        "recover": (RecoveryRecipe, "batch_texts"),
+    }
+    kind, size = kinds.get(shipped.stem, (Recipe, "batch_size"))
+    recipe = kind.load(shipped)
     assert recipe.name == shipped.stem
-    rows = recipe.train.batch_rows if "prune" in shipped.stem else recipe.train.batch_size
-    assert recipe.deepspeed_config(world_size=8)["train_batch_size"] == rows
+    batch = recipe.deepspeed_config(world_size=8)["train_batch_size"]
+    assert batch == getattr(recipe.train, size)
 
 
 def test_a_recipe_cannot_be_changed_behind_the_run(path: Path) -> None:

@@ -185,7 +185,12 @@ def _write(sources: Sequence[Source], folder: Path, text_column: str | None, inp
         paths = ", ".join(source.path for source in sources)
         raise UserError(f"{paths}: no documents to read, or empty ones only")
     for reason, number in left_out.items():
-        console.print(f"corpus: {number:,} rows left out, {reason}", markup=False, highlight=False)
+        console.print(
+            f"corpus: {number:,} rows left out, {reason}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     about = {
         "format": FORMAT,
         "documents": count,

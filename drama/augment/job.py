@@ -116,7 +116,9 @@ class Job:
         if self.out.exists():
             report = _read(self.report_path)
             if report.get("about") == self.about:
-                console.print(f"{self.out} is there already", markup=False, highlight=False)
+                console.print(
+                    f"{self.out} is there already", markup=False, highlight=False, soft_wrap=True
+                )
                 self.report = report
                 shutil.rmtree(self.folder, ignore_errors=True)  # of a kill at the very end
                 return self
@@ -138,7 +140,10 @@ class Job:
                 (self.folder / name).write_bytes(b"")
         elif self.start:
             console.print(
-                f"{self.out}: going on after {self.start:,}", markup=False, highlight=False
+                f"{self.out}: going on after {self.start:,}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
             )
         self._records = self._open.enter_context((self.folder / RECORDS).open("ab"))
         self._queries = self._open.enter_context((self.folder / QUERIES).open("ab"))

@@ -255,6 +255,7 @@ class LLM:
                 f"{self._endpoint.base_url} does not take the JSON schema ({outcome.reason}: "
                 f"{outcome.detail}); going on without",
                 markup=False,
+                soft_wrap=True,
             )
         return plain
 

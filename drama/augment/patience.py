@@ -54,7 +54,7 @@ class Patience:
     def is_well(self) -> None:
         """The server has answered something."""
         if self._said:
-            console.print(f"{self._server} answers again", markup=False)
+            console.print(f"{self._server} answers again", markup=False, soft_wrap=True)
         self._since, self._said = None, False
 
     def pause(self, trouble: Trouble, failures: int, now: float) -> float:
@@ -74,7 +74,7 @@ class Patience:
         if now - self._since > SAY_AFTER_S and not self._said:
             self._said = True
             text = f"waiting for {self._server} ({trouble}), {left:,.0f} s at most"
-            console.print(text, markup=False)
+            console.print(text, markup=False, soft_wrap=True)
         self.pause_until = max(self.pause_until, now + trouble.wait_s)
         doubled = self._limits.first_pause_s * 2.0 ** min(failures - 1, 30)
         # not all at once: what failed together would fail together again

@@ -181,7 +181,7 @@ def _graph(folder: Path, vectors_ND: np.ndarray, manifest: VectorsManifest) -> A
     """The HNSW index, built once: threads link its nodes in no fixed order."""
     path = folder / "hnsw.faiss"
     if not path.is_file():
-        console.print(f"{folder}: building the graph", markup=False)
+        console.print(f"{folder}: building the graph", markup=False, soft_wrap=True)
         index = Index.from_vectors(Vectors(folder, vectors_ND, [], manifest), "hnsw")
         with replacing(path) as temporary:
             faiss.write_index(index.faiss_index, str(temporary))

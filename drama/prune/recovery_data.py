@@ -156,7 +156,16 @@ class Texts:
 
     def follow(self, reference: Mapping[str, float]) -> None:
         """From the first step on let the weights follow how far each source is from its reference,
-        nats a token."""
+        nats a token.
+
+        Raises:
+            UserError: a source whose held-out texts say nothing.
+        """
+        if silent := [name for name in self.sources if name not in reference]:
+            raise UserError(
+                f"eval.shards: no held-out text of source {silent[0]} has two tokens; give longer "
+                "ones"
+            )
         order = self.order
         if isinstance(order, Mixture):
             names = [group.name for group in order.groups]

@@ -431,10 +431,8 @@ def test_what_no_request_gets_past_ends_the_job_at_once(
 
 
 def test_a_server_without_schemas_is_asked_without(
-    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "500")
-
     async def behave(call: Call) -> web.Response | None:
         known = "response_format" not in call.body
         return None if known else web.json_response({"detail": "Unexpected fields"}, status=422)
