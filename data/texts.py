@@ -59,7 +59,7 @@ class RankTexts(RankDataset[TextBatch]):
     Token ids that the shards hold end where `drama shard --max-tokens` has cut them (EOS last), so
     windows come out of the stored part. They are used if that is at least `max_tokens` long.
 
-    sources: names of the shards' sources, sorted. num_pairs: records that have a query.
+    sources: names of the shards' sources, sorted.
 
     Raises:
         UserError: `max_tokens` below 2.
@@ -93,7 +93,6 @@ class RankTexts(RankDataset[TextBatch]):
         *front, _ = tokenize.tokenizer.backend_tokenizer.encode("").ids
         self._front = np.array(front, np.int64)  # BOS, where the tokenizer has one
         self.sources = shards.sources
-        self.num_pairs = sum(manifest.num_pairs for manifest in shards.manifests)
 
     def __getitem__(self, step: int) -> TextBatch:
         rows: Sequence[Row] = []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich.progress import Progress, TaskID
 
 from drama.console import console
 from drama.distributed import Ranks
@@ -146,6 +147,26 @@ class MetricsFile:
     def close(self) -> None:
         os.fsync(self.file.fileno())
         self.file.close()
+
+
+class StepLog:
+    """A run's metrics.jsonl, on the main rank alone, and its progress bar."""
+
+    def __init__(self, output: Path, ranks: Ranks, title: str) -> None:
+        self.output, self.ranks, self.title = output, ranks, title
+        self.file: MetricsFile | None = None
+
+    def open(self, first_step: int, bar: Progress, num_steps: int) -> None:
+        """Go on at a step: later lines of a run that was stopped are dropped."""
+        if self.ranks.is_main:
+            self.file = MetricsFile(self.output / "metrics.jsonl", first_step=first_step)
+        self.bar = bar
+        self.task: TaskID = bar.add_task(self.title, total=num_steps, completed=first_step, note="")
+
+    def close(self) -> None:
+        """Have all lines on the disk."""
+        if self.file is not None:
+            self.file.close()
 
 
 def _step(line: str) -> float:

@@ -56,9 +56,11 @@ def prolongable(train: Schedule) -> set[str]:
     return {"steps", "epochs"} if train.schedule in ("wsd", "constant") else set()
 
 
-def check_finite(ranks: Ranks, output: Path, step: int, **figures: float) -> None:
+def check_finite(
+    ranks: Ranks, output: Path, step: int, rate: str = "", /, **figures: float
+) -> None:
     """Stop a run that has diverged before its weights are written anywhere: what was saved earlier
-    is all that is left of it. A collective.
+    is all that is left of it. A collective. rate: another key of the recipe that may be too high.
 
     Raises:
         UserError: a figure of this step is no number, on whichever rank.
@@ -69,6 +71,6 @@ def check_finite(ranks: Ranks, output: Path, step: int, **figures: float) -> Non
     saved = checkpoint.whole_checkpoints(output / "checkpoints")
     raise UserError(
         f"step {step} diverged ({', '.join(wrong) or 'on another rank'}) and nothing of it is "
-        f"saved; the last good checkpoint: {saved[-1] if saved else 'none yet'}; lower "
-        "train.lr or lengthen the warm-up, in another output"
+        f"saved; the last good checkpoint: {saved[-1] if saved else 'none yet'}; lower train.lr"
+        f"{f' or {rate}' if rate else ''}, or lengthen the warm-up, in another output"
     )

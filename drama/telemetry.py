@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.progress import Progress, TaskID
 
 from drama.data.batches import RankBatch
 from drama.data.manifest import DAMAGED
@@ -15,7 +14,7 @@ from drama.data.mixture import Mixture
 from drama.data.reading import Order
 from drama.distributed import Ranks
 from drama.gradcache import StepOutput
-from drama.metrics import MetricsFile, forward_flops, peak_memory_mib
+from drama.metrics import StepLog, forward_flops, peak_memory_mib
 from drama.recipe import Recipe
 
 _CURVES = (
@@ -23,7 +22,7 @@ _CURVES = (
 )  # fmt: skip
 
 
-class Telemetry:
+class Telemetry(StepLog):
     """Writes on the main rank; counting is a collective that every rank takes part in.
 
     peak: FLOP/s of all ranks together.
@@ -32,23 +31,11 @@ class Telemetry:
     def __init__(
         self, recipe: Recipe, engine: Any, ranks: Ranks, *, peak: float, order: Order
     ) -> None:
-        self.recipe, self.engine, self.ranks, self.peak = recipe, engine, ranks, peak
+        self.recipe, self.engine, self.peak = recipe, engine, peak
         self.order = order
         self.config = engine.module.backbone.config
         self.widths = recipe.loss.matryoshka_dims or [engine.module.dim]
-        self.file: MetricsFile | None = None
-
-    def open(self, first_step: int, bar: Progress, num_steps: int) -> None:
-        """Go on at a step: later lines of a run that was stopped are dropped."""
-        if self.ranks.is_main:
-            path = self.recipe.output / "metrics.jsonl"
-            self.file = MetricsFile(path, first_step=first_step)
-        self.bar = bar
-        self.task: TaskID = bar.add_task("train", total=num_steps, completed=first_step, note="")
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        super().__init__(recipe.output, ranks, "train")
 
     def record(
         self,

@@ -12,7 +12,6 @@ R rows of a global batch, B rows of a pass, N tokens a row, K domains.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from drama.prune.source import find_llm, load_model, load_tokenizer, read_config
 from drama.prune.surgery import cut
 from drama.prune.telemetry import PruneTelemetry, StepOutput, warn_of_masks
 from drama.prune.text import TextStream, find_texts, open_domain, sha256_of, tokenise
+from drama.resume import check_finite
 from drama.settings import check_same_run
 
 MASK_FILE = "masks.safetensors"
@@ -210,11 +210,12 @@ class Pruner:
         telemetry = PruneTelemetry(recipe, self.engine, self.masks, self.ranks)
         console.print(telemetry.headline(first, self.text), highlight=False)
         with progress(disable=not self.ranks.is_main) as bar:
-            telemetry.open(first, bar)
+            telemetry.open(first, bar, recipe.train.steps)
             for step in range(first, recipe.train.steps):
                 began, rate = time.perf_counter(), self.engine.get_lr()[0]
                 found = self.step(step)
-                self._check_finite(step, found)
+                figures = {"loss": found.loss, "grad_norm": found.grad_norm}
+                check_finite(self.ranks, output, step, "masks.lr", **figures)
                 done = step + 1
                 if recipe.data.update_every and done % recipe.data.update_every == 0:
                     self.domains.update()
@@ -312,16 +313,6 @@ class Pruner:
         if self.ranks.world_size > 1:
             dist.barrier()
         return out
-
-    def _check_finite(self, step: int, found: StepOutput) -> None:
-        if math.isfinite(found.loss) and math.isfinite(found.grad_norm):
-            return
-        saved = checkpoint.whole_checkpoints(self.recipe.output / "checkpoints")
-        raise UserError(
-            f"step {step} diverged (loss {found.loss}, grad_norm {found.grad_norm}) and nothing of "
-            f"it is saved; the last good checkpoint: {saved[-1] if saved else 'none yet'}; lower "
-            "train.lr or masks.lr, in another output"
-        )
 
 
 def learn(recipe: PruneRecipe) -> Path:

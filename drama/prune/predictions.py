@@ -44,12 +44,8 @@ class Objective(Protocol):
 
     causal: bool
 
-    def count(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> int:
-        """Predictions in these texts; keys: epoch and record number of each."""
-        ...
-
     def chunk(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Chunk:
-        """The texts packed, each of at least one token."""
+        """The texts packed, each of at least one token; keys: epoch and record number of each."""
         ...
 
 
@@ -57,9 +53,6 @@ class NextToken:
     """Every token predicts the one after it in its own text."""
 
     causal = True
-
-    def count(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> int:
-        return sum(len(row) - 1 for row in rows)
 
     def chunk(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Chunk:
         batch = pack(rows)
@@ -85,9 +78,6 @@ class MaskedNextToken:
 
     def __init__(self, share: float, mask_id: int, vocab_size: int, seed: int) -> None:
         self.share, self.mask_id, self.vocab_size, self.seed = share, mask_id, vocab_size, seed
-
-    def count(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> int:
-        return sum(len(self._draw(len(row), key)[0]) for row, key in zip(rows, keys, strict=True))
 
     def chunk(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Chunk:
         batch = pack(rows)

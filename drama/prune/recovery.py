@@ -111,7 +111,6 @@ class Recoverer:
             reduction=self.reduction,
             num_sources=len(self.texts.sources),
             parent=self.parent,
-            alignment=self.student.alignment,
         )
         self.telemetry = RecoveryTelemetry(
             recipe,

@@ -27,7 +27,6 @@ from drama.metrics import Stopwatch
 from drama.optimizer import Reduction, step_engine
 from drama.prune.parent import Parent
 from drama.prune.predictions import Chunk, Objective
-from drama.prune.student import Alignment
 
 
 @dataclass
@@ -65,11 +64,10 @@ class RecoveryStep:
         reduction: Reduction,
         num_sources: int,
         parent: Parent | None = None,
-        alignment: Alignment | None = None,
     ) -> None:
         self.engine, self.objective, self.token_budget = engine, objective, token_budget
         self.reduction, self.num_sources = reduction, num_sources
-        self.parent, self.alignment = parent, alignment
+        self.parent, self.alignment = parent, engine.module.alignment
         self.device, self.world_size = engine.device, engine.world_size
         self.loss = engine.module.loss
         self.imitates = bool(self.loss.kl or self.loss.hidden)
@@ -85,15 +83,15 @@ class RecoveryStep:
     def backward(self, batch: TextBatch) -> StepOutput:
         """Leave the gradient of the global batch in the engine, reduced; does not step."""
         watch = Stopwatch(self.device)
-        total = int(self._sum(torch.tensor(float(self._count(batch)), dtype=torch.float64)).item())
         # by source: cross-entropy and predictions; then KL and states over all
         figures = torch.zeros(2 * self.num_sources + 2, dtype=torch.float64)
         at_once = self.reduction == "step"
-        chunks = self._plan(batch)
+        chunks = [(rows, self._pack(batch, rows)) for rows in self._plan(batch)]
+        predictions = sum(len(chunk.row_P) for _, chunk in chunks)
+        total = int(self._sum(torch.tensor(float(predictions), dtype=torch.float64)).item())
+        watch.lap("pack")
         with self.engine.coalesce_grad_reduction() if at_once else nullcontext():
-            for number, rows in enumerate(chunks):
-                chunk = self._pack(batch, rows)
-                watch.lap("pack")
+            for number, (rows, chunk) in enumerate(chunks):
                 of_parent = None
                 if self.parent is not None and self.imitates:
                     of_parent = self.parent(chunk, self.alignment)
@@ -161,10 +159,6 @@ class RecoveryStep:
             return self.objective.chunk([[0]], [(0, 0)]).to(self.device)
         texts = [batch.rows[i] for i in rows]
         return self.objective.chunk(texts, list(self._keys(batch, rows))).to(self.device)
-
-    def _count(self, batch: TextBatch) -> int:
-        keys = list(self._keys(batch, range(len(batch.rows))))
-        return self.objective.count(list(batch.rows), keys)
 
     @staticmethod
     def _keys(batch: TextBatch, rows: Any) -> Iterator[tuple[int, int]]:

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.progress import Progress, TaskID
 
 from drama import attention
 from drama.choices import Choice, optimizer_choice, show_choices
 from drama.data.texts import TextBatch
 from drama.distributed import Ranks
 from drama.kernels import linear_loss
-from drama.metrics import MetricsFile, forward_flops, peak_memory_mib
+from drama.metrics import StepLog, forward_flops, peak_memory_mib
 from drama.prune.parent import Parent
 from drama.prune.recovery_data import Texts
 from drama.prune.recovery_recipe import RecoveryRecipe
@@ -28,7 +27,7 @@ def losses_by_source(
     return {n: s / c for n, s, c in zip(names, sums_S, counts_S, strict=True) if c}
 
 
-class RecoveryTelemetry:
+class RecoveryTelemetry(StepLog):
     """Writes on the main rank; counting is a collective. peak: FLOP/s of all ranks together."""
 
     def __init__(
@@ -41,21 +40,9 @@ class RecoveryTelemetry:
         texts: Texts,
         parent: Parent | None,
     ) -> None:
-        self.recipe, self.engine, self.ranks, self.peak = recipe, engine, ranks, peak
+        self.recipe, self.engine, self.peak = recipe, engine, peak
         self.texts, self.parent = texts, parent
-        self.file: MetricsFile | None = None
-
-    def open(self, first_step: int, bar: Progress, num_steps: int) -> None:
-        """Go on at a step: later lines of a run that was stopped are dropped."""
-        if self.ranks.is_main:
-            path = self.recipe.output / "metrics.jsonl"
-            self.file = MetricsFile(path, first_step=first_step)
-        self.bar = bar
-        self.task: TaskID = bar.add_task("recover", total=num_steps, completed=first_step, note="")
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        super().__init__(recipe.output, ranks, "recover")
 
     def headline(self, first_step: int, num_steps: int) -> str:
         """What the run is, in a few lines."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import struct
@@ -35,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from drama.errors import UserError, nearest
 from drama.hf import build_lm, model_sha256
+from drama.prune.text import sha256_of
 
 # the families, and what each is read as
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
@@ -72,10 +72,7 @@ class Source:
     @property
     def sha256(self) -> str:
         """Of the file, or one over the folder's weights, configuration and tokenizer."""
-        if not self.gguf:
-            return model_sha256(self.folder)
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.path) if self.gguf else model_sha256(self.folder)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from rich.progress import Progress, TaskID
-
 from drama.console import console
 from drama.distributed import Ranks
-from drama.metrics import MetricsFile, peak_memory_mib
+from drama.metrics import StepLog, peak_memory_mib
 from drama.prune.domains import DomainWeights
 from drama.prune.masks import Masks
 from drama.prune.recipe import PruneRecipe
@@ -36,25 +34,12 @@ class StepOutput(NamedTuple):
     seconds: dict[str, float]
 
 
-class PruneTelemetry:
+class PruneTelemetry(StepLog):
     """Writes on the main rank."""
 
     def __init__(self, recipe: PruneRecipe, engine: Any, masks: Masks, ranks: Ranks) -> None:
-        self.recipe, self.engine, self.masks, self.ranks = recipe, engine, masks, ranks
-        self.file: MetricsFile | None = None
-
-    def open(self, first_step: int, bar: Progress) -> None:
-        """Go on at a step: later lines of a run that was stopped are dropped."""
-        if self.ranks.is_main:
-            path = self.recipe.output / "metrics.jsonl"
-            self.file = MetricsFile(path, first_step=first_step)
-        self.bar = bar
-        total = self.recipe.train.steps
-        self.task: TaskID = bar.add_task("prune", total=total, completed=first_step, note="")
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        self.recipe, self.engine, self.masks = recipe, engine, masks
+        super().__init__(recipe.output, ranks, "prune")
 
     def headline(self, first_step: int, text: TextStream) -> str:
         """What the run is, in three lines."""

@@ -85,7 +85,7 @@ def as_lists(batch: TextBatch) -> list[tuple[Any, ...]]:
 def test_stored_token_ids_give_the_same_batches(folders: dict[str, Path], model: Path) -> None:
     stored, text = (batches(folders, model, name) for name in ("tokens", "text"))
     assert (stored.no_tokens, text.no_tokens) == ("", "the shards hold no token ids")
-    assert (stored.num_pairs, stored.sources) == (40, ["(none)", "a", "b"])
+    assert stored.sources == ["(none)", "a", "b"]
     for step in range(2 * stored.order.batches_per_epoch):
         assert as_lists(stored[step]) == as_lists(text[step])
         assert stored[step].num_tokens == sum(map(len, stored[step].rows))
