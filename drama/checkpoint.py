@@ -1,7 +1,7 @@
 """Checkpoints of a run: whole or not there, and only loadable into the run they came from.
 
-    RUN/checkpoints/step-N/state.json    step, world size, hashes of what was trained on, and the
-                                         size of every file; written last
+    RUN/checkpoints/step-N/state.json    step, world size, hashes of what was trained on, size and
+                                         SHA-256 of every file; written last
                            zero/         DeepSpeed's shards: weights, optimizer, schedule
                            model/        the retriever at this step, ready to use
 
@@ -11,12 +11,15 @@ The data position is a function of the step; a mixture's, which may change its w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,31 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from drama.errors import UserError
+from drama.settings import Optimization
 
 STATE = "state.json"
+HASHING_THREADS = 8  # files at a time: a disk gives more than one thread can hash
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay when a new one is whole: the last ones, those of every so many steps,
+    and the newest one up to step `flat_until`, from where the run can be prolonged."""
+
+    last: int
+    every: int | None = None
+    flat_until: int = 0
+
+    @classmethod
+    def of(cls, train: Optimization, flat_until: int = 0) -> Keep:
+        """As a recipe says."""
+        return cls(train.keep_last, train.keep_every, flat_until)
+
+    def chosen(self, steps: Sequence[int]) -> set[int]:
+        """Of these, ascending, the ones that stay."""
+        every = {step for step in steps if self.every and step % self.every == 0}
+        flat = [step for step in steps if step <= self.flat_until]
+        return {*steps[-self.last :], *every, *flat[-1:]}
 
 
 def full_state_dict(engine: Any, module: torch.nn.Module) -> dict[str, Tensor]:
@@ -60,8 +86,7 @@ def save(
     *,
     inputs: dict[str, Any],
     extra: dict[str, Any],
-    keep_last: int,
-    flat_until: int,
+    keep: Keep,
     write_model: Callable[[Path], None],
 ) -> None:
     """Write `folder/step-N`; every rank must call it.
@@ -69,8 +94,7 @@ def save(
     `inputs` says what the run reads (hashes), for `load` to compare; `extra` is kept as it is,
     plain values. `write_model(path)` is called on every rank and writes the retriever on rank 0.
     After the new one is whole others are removed: those of later steps, which a run that went on
-    from an earlier one has left behind, and those beyond the last `keep_last`, but for the newest
-    one up to step `flat_until`, from where the run can be prolonged.
+    from an earlier one has left behind, and those that `keep` does not name.
 
     Raises:
         UserError: the disk is full; what was saved earlier stays.
@@ -93,13 +117,16 @@ def save(
     _barrier()
     if engine.global_rank == 0:
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        names = [str(path.relative_to(temporary)) for path in files]
         state = {
             "step": step,
             "world_size": engine.world_size,
             "inputs": inputs,
             "extra": extra,
-            "files": {str(p.relative_to(temporary)): p.stat().st_size for p in files},
+            "files": {name: p.stat().st_size for name, p in zip(names, files, strict=True)},
+            "sha256": dict(zip(names, _sha256_of(files), strict=True)),
         }
+        state["digest"] = _digest(state)
         (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
         for path in (*files, temporary / STATE, *{p.parent for p in files}, temporary):
             _sync(path)
@@ -107,24 +134,32 @@ def save(
         os.replace(temporary, target)
         _sync(folder)
         whole = whole_checkpoints(folder)
-        past = [path for path in whole if step_of(path) <= step]
-        flat = [path for path in past if step_of(path) <= flat_until]
-        for path in set(whole) - {*past[-keep_last:], *flat[-1:]}:
-            shutil.rmtree(path)
+        staying = keep.chosen([n for n in map(step_of, whole) if n <= step])
+        for path in whole:
+            if step_of(path) not in staying:
+                shutil.rmtree(path)
     _barrier()
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Whole or not, oldest first."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=step_of)
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that are complete by their own file list, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted((path for path in found if not faults(path)), key=step_of)
+    return [path for path in all_checkpoints(folder) if not missing(path)]
 
 
-def faults(checkpoint: Path) -> list[str]:
+def missing(checkpoint: Path) -> list[str]:
     """Files of a checkpoint that are missing or have another size than its list says; the list
-    itself where it cannot be read."""
+    itself where it is not as it was written."""
     try:
-        sizes = read_state(checkpoint)["files"].items()
+        state = read_state(checkpoint)
+        sizes = state["files"].items()
+        if state["digest"] != _digest(state):
+            return [STATE]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return [STATE]
     return [
@@ -132,6 +167,30 @@ def faults(checkpoint: Path) -> list[str]:
         for name, size in sizes
         if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size
     ]
+
+
+def faults(checkpoint: Path) -> list[str]:
+    """Files of a checkpoint that are missing, or do not hold what was written; reads all of it."""
+    if names := missing(checkpoint):
+        return names
+    wanted = read_state(checkpoint)["sha256"]
+    found = _sha256_of([checkpoint / name for name in wanted])
+    return [name for name, ours in zip(wanted, found, strict=True) if ours != wanted[name]]
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """SHA-256 of all else that state.json says, as it comes back from a file."""
+    rest = json.loads(json.dumps({key: state[key] for key in state.keys() - {"digest"}}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256_of(paths: Sequence[Path]) -> list[str]:
+    def one(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return list(pool.map(one, paths))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

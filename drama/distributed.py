@@ -28,6 +28,10 @@ if not torch.cuda.is_available():  # else DeepSpeed warns in every process that 
 import deepspeed
 
 
+class Stopped(SystemExit):
+    """Every rank leaves now, in order, with exit code 0: a run that was told to end has saved."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Who this process is among its peers, and the device it owns."""
@@ -112,12 +116,18 @@ class Ranks:
                     "deepspeed --master_port PORT"
                 ) from error
             raise
-        yield cls(dist.get_rank(), dist.get_world_size(), device)
+        stopped: Stopped | None = None
+        try:
+            yield cls(dist.get_rank(), dist.get_world_size(), device)
+        except Stopped as error:
+            stopped = error
         # nobody leaves before everybody is done: gloo aborts when a peer closes during teardown
         dist.barrier()
         if local_rank == 0:
             _drop_shared_buffers(f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}")
         dist.destroy_process_group()
+        if stopped is not None:
+            raise stopped
 
 
 def _check_alone(environment: Mapping[str, str]) -> None:

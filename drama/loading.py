@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,7 @@ from drama.data.reading import BadRecord
 from drama.data.stream import ShardSet
 from drama.errors import UserError
 from drama.files import replacing
+from drama.stopping import SIGNALS
 
 T = TypeVar("T")
 
@@ -57,6 +59,8 @@ def _start_worker(worker: int) -> None:
     # the tokenizer's thread pool does not survive a fork
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    for number in SIGNALS:  # meant for the run, which still needs the batches of its last step
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check_lanes_feed(lanes: int, world_size: int) -> None:

@@ -47,6 +47,7 @@ class Optimization(Schedule):
     deepspeed: str = "zero3"  # a name in ds_configs/ or a path to a JSON
     save_every: Positive = 500
     keep_last: Positive = 2  # checkpoints; in wsd the newest of the flat part stays too
+    keep_every: Positive | None = None  # steps; checkpoints of its multiples stay for good
 
     def deepspeed_config(
         self, *, world_size: int, rows_per_rank: int, accumulation: int = 1

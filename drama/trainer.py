@@ -34,6 +34,7 @@ from drama.optimizer import start_engine
 from drama.recipe import EvalRecipe, Recipe, StepRecipe
 from drama.resume import check_finite, choose_start, count_steps, prolongable
 from drama.settings import check_same_run
+from drama.stopping import StopSignals, leave
 from drama.teacher import TeacherVectors
 from drama.telemetry import Telemetry
 from drama.temperature import LearnedTemperature
@@ -41,7 +42,7 @@ from drama.validation import Validator, better
 
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
-    "train": {"save_every", "keep_last", "token_budget"},
+    "train": {"save_every", "keep_last", "keep_every", "token_budget"},
     # what the shards hold is compared by hash; a mixture may go on with other sources and weights
     "data": {"workers", "on_bad", "cache", "cache_gb", "shards", "weights", "language_alpha"},
     "step": set(StepRecipe.model_fields),
@@ -75,7 +76,7 @@ class Trainer:
         self.num_steps = count_steps(
             recipe.train.steps, recipe.train.epochs, self.batches.order.batches_per_epoch
         )
-        self.start, self.pace = choose_start(recipe.output, recipe.train, self.num_steps)
+        self.start, self.pace = choose_start(recipe.output, recipe.train, self.num_steps, ranks)
         self.engine = start_engine(
             self.encoder,
             recipe.train,
@@ -200,7 +201,7 @@ class Trainer:
         first = self._resume(self.start, inputs) if self.start else 0
         console.print(self._headline(first))
         choices.show(self.chosen, recipe, self.encoder, self.step_runner, self.dtype)
-        with progress(disable=not self.ranks.is_main) as bar:
+        with progress(disable=not self.ranks.is_main) as bar, StopSignals(self.ranks) as signals:
             self.telemetry.open(first, bar, self.num_steps)
             steps = range(first, self.num_steps)
             loader = load_ahead(self.batches, steps, recipe.data.workers)
@@ -234,17 +235,20 @@ class Trainer:
                     temperature=self.temperature.value,
                     evaluation=self._evaluate(done),
                 )
-                if done % recipe.train.save_every == 0 or done == self.num_steps:
+                stopping = signals.asked() and done < self.num_steps
+                if stopping or done % recipe.train.save_every == 0 or done == self.num_steps:
                     checkpoint.save(
                         self.engine,
                         output / "checkpoints",
                         done,
                         inputs=inputs,
                         extra=self._extra(done),
-                        keep_last=recipe.train.keep_last,
-                        flat_until=self.pace.flat_until,
+                        keep=checkpoint.Keep.of(recipe.train, self.pace.flat_until),
                         write_model=self._write_model,
                     )
+                if stopping:
+                    self.telemetry.close()
+                    leave(done, output)
         self.telemetry.close()
         self._write_model(output / "model")
         return output / "model"

@@ -1,8 +1,10 @@
 """The main job as a user starts it: `deepspeed launchers/train.py`, real ranks, real shards."""
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -59,28 +61,43 @@ def test_the_run_folder_holds_what_was_promised(world):
     assert encoder.max_tokens == 90
 
 
-def test_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(world):
-    """`kill -9` of both ranks at once, between two checkpoints."""
-    run = world / "killed"
+def start_until(world: Path, run: Path, num_steps: int) -> subprocess.Popen[str]:
+    """Two ranks that train, and have taken so many steps in all."""
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
         "--master_port", str(free_port()), str(TRAIN),
         "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}",
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").is_file() and len(read_metrics(run)) >= 6:
+        if (run / "metrics.jsonl").is_file() and len(read_metrics(run)) >= num_steps:
             break
         time.sleep(0.02)
-    assert process.poll() is None, "the run ended before it could be killed"
+    assert process.poll() is None, "the run ended before it could be stopped"
+    return process
+
+
+def test_stopped_and_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(world):
+    """Ctrl-C between two checkpoints, then `kill -9` of both ranks at once."""
+    run = world / "killed"
+    process = start_until(world, run, 1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it; the launcher adds a SIGTERM
+    said, _ = process.communicate(timeout=120)
+    (stopped,) = re.findall(r"stopped by a signal after step (\d)", said)
+    saved = [path.name for path in (run / "checkpoints").iterdir()]
+    assert f"step-{stopped}" in saved
+    assert len(read_metrics(run)) == int(stopped) < STEPS
+
+    process = start_until(world, run, 6)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    said, _ = process.communicate()
+    assert f"resumed at step {stopped}" in said
     done = run_deepspeed(TRAIN, "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "resumed at step 4" in done.stdout + done.stderr
+    assert "resumed at step" in done.stdout + done.stderr
     losses = [
         [line["loss_by_prefix"] for line in read_metrics(folder)]
         for folder in (run, world / "whole")
@@ -173,7 +190,7 @@ def test_a_run_that_diverges_stops_before_it_writes(world, tmp_path, what):
 
 
 @pytest.mark.slow
-def test_a_damaged_state_means_an_older_checkpoint_and_chunks_may_be_smaller(world, tmp_path):
+def test_a_flipped_bit_means_an_older_checkpoint_and_chunks_may_be_smaller(world, tmp_path):
     """After a power cut, and after a device ran out of memory: neither ends a run for good."""
     run = tmp_path / "run"
     options = [
@@ -183,9 +200,13 @@ def test_a_damaged_state_means_an_older_checkpoint_and_chunks_may_be_smaller(wor
     ]  # fmt: skip
     assert run_alone(TRAIN, *options).returncode == 0
     losses = [line["loss"] for line in read_metrics(run)]
-    (run / "checkpoints" / "step-3" / "state.json").write_text("")
+    (shard,) = (run / "checkpoints" / "step-3" / "zero").glob("*optim_states.pt")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
     done = run_alone(TRAIN, *options, "--set", "train.token_budget=512")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"step-3 is damaged and left alone: zero/{shard.name}" in done.stderr
     assert "resumed at step 2" in done.stderr
     np.testing.assert_allclose([line["loss"] for line in read_metrics(run)], losses, rtol=1e-5)
 
@@ -201,7 +222,11 @@ def test_a_checkpoint_that_would_run_code_is_refused(world, tmp_path):
     state["world_size"] = 1
     evil = run / "checkpoints" / "step-9" / "zero" / "mp_rank_00_model_states.pt"
     torch.save({"module": _Evil(tmp_path / "evil")}, evil)
-    state["files"]["zero/mp_rank_00_model_states.pt"] = evil.stat().st_size
+    name = "zero/mp_rank_00_model_states.pt"
+    state["files"][name] = evil.stat().st_size
+    state["sha256"][name] = hashlib.sha256(evil.read_bytes()).hexdigest()
+    rest = json.dumps({k: x for k, x in state.items() if k != "digest"}, sort_keys=True)
+    state["digest"] = hashlib.sha256(rest.encode()).hexdigest()
     state_path.write_text(json.dumps(state))
     done = run_alone(TRAIN, "--recipe", str(recipe))
     refused(done, "mp_rank_00_model_states.pt", "damaged or not a checkpoint")
@@ -251,12 +276,22 @@ def test_another_number_of_ranks_is_named(world):
 
 
 def test_one_process_gives_the_same_model_as_two_ranks(world):
+    """Also when it was told to end in between, which it does with exit code 0."""
     run = world / "single"
-    done = run_alone(TRAIN, 
+    options = [
         "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}",
-        "--set", "train.deepspeed=zero1", "--set", "data.workers=0",
-    )  # fmt: skip
+        "--set", "train.deepspeed=zero1",
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    process = subprocess.Popen([sys.executable, str(TRAIN), *options], env=environment)
+    while not (run / "metrics.jsonl").is_file() and process.poll() is None:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(120) == 0
+    assert not (run / "model").exists()
+    done = run_alone(TRAIN, *options)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed at step" in done.stderr
     ours, whole = ([line["loss"] for line in read_metrics(r)] for r in (run, world / "whole"))
     np.testing.assert_allclose(ours, whole, rtol=1e-4)
     np.testing.assert_allclose(ours[0], whole[0], rtol=1e-6)

@@ -39,14 +39,15 @@ from drama.prune.source import find_llm, load_model, load_tokenizer, read_config
 from drama.prune.surgery import cut
 from drama.prune.telemetry import PruneTelemetry, StepOutput, warn_of_masks
 from drama.prune.text import TextStream, find_texts, open_domain, sha256_of, tokenise
-from drama.resume import check_finite
+from drama.resume import check_finite, sound_checkpoints
 from drama.settings import check_same_run
+from drama.stopping import StopSignals, leave
 
 MASK_FILE = "masks.safetensors"
 CHECKPOINT_BYTES = 16  # of a weight: itself, its float32 master, two moments
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
-    "train": {"save_every", "keep_last", "rows_per_pass", "recompute_blocks"},
+    "train": {"save_every", "keep_last", "keep_every", "rows_per_pass", "recompute_blocks"},
     "eval": {"every"},
 }
 
@@ -209,7 +210,7 @@ class Pruner:
         first = self.begin()
         telemetry = PruneTelemetry(recipe, self.engine, self.masks, self.ranks)
         console.print(telemetry.headline(first, self.text), highlight=False)
-        with progress(disable=not self.ranks.is_main) as bar:
+        with progress(disable=not self.ranks.is_main) as bar, StopSignals(self.ranks) as signals:
             telemetry.open(first, bar, recipe.train.steps)
             for step in range(first, recipe.train.steps):
                 began, rate = time.perf_counter(), self.engine.get_lr()[0]
@@ -230,8 +231,12 @@ class Pruner:
                     seconds=seconds,
                     evaluation=self.evaluate(self.masks.final()) if due else None,
                 )
-                if done % recipe.train.save_every == 0 or done == recipe.train.steps:
+                stopping = signals.asked() and done < recipe.train.steps
+                if stopping or done % recipe.train.save_every == 0 or done == recipe.train.steps:
                     self._save(done)
+                if stopping:
+                    telemetry.close()
+                    leave(done, output)
         telemetry.close()
         return self._export()
 
@@ -242,16 +247,16 @@ class Pruner:
         """
         data, names = self.recipe.data, list(self.recipe.data.domains)
         options: dict[str, Any] = {"clip": data.clip_gaps, "floor": data.floor}
-        found = checkpoint.whole_checkpoints(self.recipe.output / "checkpoints")
-        if not found:
+        start = next(sound_checkpoints(self.recipe.output / "checkpoints", self.ranks), None)
+        if start is None:
             reference = self.evaluate(Gates({}, {}))
             self.domains = DomainWeights(names, reference, weights=data.weights, **options)
             return 0
-        step, extra = checkpoint.load(self.engine, found[-1], self.inputs)
+        step, extra = checkpoint.load(self.engine, start, self.inputs)
         self.domains = DomainWeights(names, extra["domains"]["reference"], **options)
         self.domains.load(extra["domains"])
         self.text.drawn = extra["drawn"]
-        self.closing.load(load_file(found[-1] / "model" / MASK_FILE))
+        self.closing.load(load_file(start / "model" / MASK_FILE))
         return step
 
     def _text_sha256(self) -> str:
@@ -265,8 +270,7 @@ class Pruner:
             done,
             inputs=self.inputs,
             extra={"domains": self.domains.state(), "drawn": self.text.drawn},
-            keep_last=self.recipe.train.keep_last,
-            flat_until=0,
+            keep=checkpoint.Keep.of(self.recipe.train),
             write_model=self._write_masks,
         )
 

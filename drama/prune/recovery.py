@@ -38,12 +38,13 @@ from drama.prune.source import find_llm, load_model, load_tokenizer, read_config
 from drama.prune.student import Student
 from drama.resume import check_finite, choose_start, count_steps, prolongable
 from drama.settings import check_same_run
+from drama.stopping import StopSignals, leave
 from drama.tokenizer import TextEncoder, appending_eos
 
 CHECKPOINT_BYTES = 20  # of a weight: the model's, itself, float32 master and two moments
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
-    "train": {"save_every", "keep_last", "token_budget"},
+    "train": {"save_every", "keep_last", "keep_every", "token_budget"},
     # what the shards hold is compared by hash; a mixture may go on with other sources and weights
     "data": {"workers", "on_bad", "cache", "cache_gb", "shards", "weights", "language_alpha"},
     "step": set(RecoveryStepRecipe.model_fields),
@@ -83,7 +84,7 @@ class Recoverer:
         self.num_steps = count_steps(
             recipe.train.steps, recipe.train.epochs, self.texts.order.batches_per_epoch
         )
-        self.start, self.pace = choose_start(recipe.output, recipe.train, self.num_steps)
+        self.start, self.pace = choose_start(recipe.output, recipe.train, self.num_steps, ranks)
         model = load_model(self.where, self.config)
         self.generation_config = model.generation_config
         self._check_out(sum(weight.numel() for weight in model.parameters()))
@@ -187,7 +188,7 @@ class Recoverer:
         console.print(self.telemetry.headline(first, self.num_steps), highlight=False)
         self.telemetry.show(self.reduction, self.liger)
         evaluation = None
-        with progress(disable=not self.ranks.is_main) as bar:
+        with progress(disable=not self.ranks.is_main) as bar, StopSignals(self.ranks) as signals:
             self.telemetry.open(first, bar, self.num_steps)
             batches = self.texts.load(first, self.num_steps)
             for step in range(first, self.num_steps):
@@ -212,8 +213,12 @@ class Recoverer:
                     evaluation=evaluation,
                 )
                 self.texts.update(done)
-                if done % recipe.train.save_every == 0 or done == self.num_steps:
+                stopping = signals.asked() and done < self.num_steps
+                if stopping or done % recipe.train.save_every == 0 or done == self.num_steps:
                     self._save(done, inputs, evaluation)
+                if stopping:
+                    self.telemetry.close()
+                    leave(done, output)
         self.telemetry.close()
         if evaluation is None:  # every step was done before
             evaluation = self._evaluate(self.num_steps)
@@ -277,8 +282,7 @@ class Recoverer:
                 "texts": self.texts.state(done),
                 "pace": self.pace,
             },
-            keep_last=self.recipe.train.keep_last,
-            flat_until=self.pace.flat_until,
+            keep=checkpoint.Keep.of(self.recipe.train, self.pace.flat_until),
             write_model=lambda folder: self._write_model(folder, done, evaluation),
         )
 
