@@ -6,7 +6,6 @@ evaluation.json (or evaluation/evaluation.json) the bars and the table.
 
 from __future__ import annotations
 
-import html
 import json
 import statistics
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import yaml
 
 from drama.errors import UserError
 from drama.figures import Line, Results, evaluation_bars, svg, training_figures
-from drama.files import replacing
+from drama.html_page import card, fold_out, grid, table, text, tiles, write_html
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -38,21 +37,15 @@ def write_report(run_dir: str | Path) -> Path:
             f"{folder} holds nothing to report: metrics.jsonl, recipe.yaml and evaluation.json "
             "are missing; give the output folder of a training run"
         )
-    parts = [f"<h1>{html.escape(name)}</h1>"]
+    parts: list[str] = []
     if lines:
-        parts += [_tiles(lines), '<section class="grid">']
-        parts += [_card(svg(figure)) for figure in training_figures(lines)]
-        parts += ["</section>"]
+        parts += [tiles(_facts(lines)), grid(card(svg(x)) for x in training_figures(lines))]
     if results:
-        cards = _card(svg(evaluation_bars(results))) + _table(results)
-        parts += [f'<h2>Evaluation</h2><section class="grid">{cards}</section>']
+        shown = grid((card(svg(evaluation_bars(results))), _table(results)))
+        parts += ["<h2>Evaluation</h2>", shown]
     if recipe:
-        parts += [f"<details><summary>Recipe</summary><pre>{html.escape(recipe)}</pre></details>"]
-    target = folder / "report.html"
-    with replacing(target) as temporary:
-        page = PAGE.format(title=html.escape(name), style=CSS, body="\n".join(parts))
-        temporary.write_text(page, encoding="utf-8")
-    return target
+        parts += [fold_out("Recipe", f"<pre>{text(recipe)}</pre>")]
+    return write_html(folder / "report.html", name, parts)
 
 
 def _read_metrics(path: Path) -> list[Line]:
@@ -100,11 +93,7 @@ def _read_results(path: Path) -> Results:
     return results
 
 
-def _card(figure_svg: str) -> str:
-    return f'<figure class="card">{figure_svg}</figure>'
-
-
-def _tiles(lines: Sequence[Line]) -> str:
+def _facts(lines: Sequence[Line]) -> list[tuple[str, str]]:
     def values(field: str) -> list[float]:
         return [line[field] for line in lines if line.get(field) is not None]
 
@@ -123,59 +112,19 @@ def _tiles(lines: Sequence[Line]) -> str:
         minutes, rest = divmod(round(sum(seconds)), 60)
         clock = f"{minutes // 60:,} h {minutes % 60:02} min" if minutes >= 60 else ""
         facts.append(("time in steps", clock or f"{minutes} min {rest:02} s"))
-    tiles = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in facts)
-    return f'<section class="tiles">{tiles}</section>'
+    return facts
 
 
 def _table(results: Results) -> str:
     systems = results["systems"]
     metrics = list(next(iter(systems.values()))["metrics"])
     best = {m: max(system["metrics"][m] for system in systems.values()) for m in metrics}
-    head = "".join(f"<th>{html.escape(m)}</th>" for m in metrics)
-    rows = []
-    for name, system in systems.items():
-        cells = "".join(
-            f"<td{' class=best' if system['metrics'][m] == best[m] else ''}>"
-            f"{system['metrics'][m]:.4f}</td>"
-            for m in metrics
-        )
-        rows.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
-    head = f"<thead><tr><th>system</th>{head}</tr></thead>"
-    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
 
+    def cell(value: float, metric: str) -> str:
+        return f"<b>{value:.4f}</b>" if value == best[metric] else f"{value:.4f}"
 
-CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #f5f6f8;
-  max-width: 1120px; margin: 0 auto; padding: 24px; }
-h1 { font-size: 26px; margin: 8px 0 16px; } h2 { font-size: 19px; margin: 28px 0 12px; }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin-bottom: 16px; }
-.tiles div, .card, table, details { background: #fff; border: 1px solid #e4e7eb;
-  border-radius: 8px; }
-.tiles div { padding: 10px 16px; } .tiles b { display: block; font-size: 19px; }
-.tiles span { color: #66717d; font-size: 13px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
-  gap: 16px; align-items: start; }
-.card { margin: 0; padding: 12px; } .card svg { width: 100%; height: auto; display: block; }
-.card svg text { font-family: system-ui, sans-serif !important; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 16px; text-align: right; } th:first-child { text-align: left; }
-tbody tr { border-top: 1px solid #e4e7eb; } tbody th { font-weight: 500; }
-.best { font-weight: 700; }
-details { margin-top: 24px; padding: 10px 16px; } summary { cursor: pointer; font-weight: 600; }
-pre { overflow-x: auto; font-size: 13px; }
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+    rows = (
+        (text(name), [cell(system["metrics"][metric], metric) for metric in metrics])
+        for name, system in systems.items()
+    )
+    return table(["system", *metrics], rows)
