@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -21,7 +21,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 INK, GREY, GRID = "#1f2933", "#66717d", "#e4e7eb"
 COLOURS = ("#2f6db3", "#e08a2e", "#3a9a7b", "#8a63b8", "#c8553d", "#7b8794", "#b5a02c", "#4fb3d0")
-SIZE = (6.4, 3.2)  # inches
+SIZE, SMALL = (6.4, 3.2), (6.4, 2.4)  # inches
+MAX_BARS, MIN_BARS, LABELLED_BARS = 60, 6, 12  # of a histogram: room for the least, however few
 NO_METADATA = ("Date", "Creator", "Format", "Type")
 MAX_POINTS = 1000  # a curve is averaged down to this many
 STYLE: Any = {
@@ -148,6 +149,67 @@ def over_seeds(
     return figure
 
 
+def lengths_histogram(counts: Mapping[int, int], x_label: str, y_label: str) -> Figure:
+    """Bars between powers of two, without a title. counts: by the upper end of a bar, which belongs
+    to it; the bar that ends at 1 holds the zeros too."""
+    low, high = (power(counts).bit_length() - 1 for power in (min, max))
+    while high - low + 1 < MIN_BARS:  # a lone bar in the middle
+        low, high = max(low - 1, 0), high + 1
+    ends = [1 << n for n in range(low, high + 1)]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _small_axes(x_label, y_label)
+        heights_N = np.array([counts.get(end, 0) for end in ends])
+        _bars(axes, np.arange(len(ends)) + 0.5, heights_N, 0.94)
+        axes.set_xlim(-0.05, len(ends) + 0.05)
+        axes.set_xticks(range(len(ends) + 1), [f"{end:,}" for end in (ends[0] // 2, *ends)])
+    return figure
+
+
+def numbers_histogram(
+    counts: Mapping[int, int], x_label: str, y_label: str, beyond: tuple[str, int] | None = None
+) -> Figure:
+    """A bar for each whole number, without a title; neighbours share one where there are too many.
+
+    beyond: name and count of a last bar, apart from the others.
+    """
+    low, high = (min(counts), max(counts)) if counts else (1, 1)
+    size = math.ceil((high - low + 1) / MAX_BARS)
+    heights_N = np.zeros((high - low) // size + 1, np.int64)
+    for number, count in counts.items():
+        heights_N[(number - low) // size] += count
+    with matplotlib.rc_context(STYLE):
+        label = x_label + (f", {size} a bar" if size > 1 else "")
+        figure, axes = _small_axes(label, y_label)
+        middles_N = low + size * np.arange(len(heights_N)) + (size - 1) / 2
+        _bars(axes, middles_N, heights_N, 0.88 * size)
+        right = low + size * max(len(heights_N), MIN_BARS) - 0.5
+        if beyond is not None:
+            name, count = beyond
+            axes.bar(right + size, count, 0.88 * size, color=COLOURS[4])
+            right += 2 * size
+            axes.text(right, count, f"{name} {count:,}", fontsize=9, color=INK, ha="right",
+                      va="bottom")  # fmt: skip
+        axes.set_xlim(low - 0.6 * size, right)
+    return figure
+
+
+def _small_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    # constrained layout would draw everything twice, and the room for these labels is known
+    figure, axes = _axes("", y_label, ",.0f", SMALL, None)
+    figure.subplots_adjust(0.13, 0.21, 0.96, 0.98)
+    axes.set_xlabel(x_label)
+    axes.margins(y=0.15)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    return figure, axes
+
+
+def _bars(axes: Axes, places_N: np.ndarray, heights_N: np.ndarray, width: float) -> None:
+    bars = axes.bar(places_N, heights_N, width, color=COLOURS[0])
+    if len(heights_N) <= LABELLED_BARS:
+        labels = [f"{height:,}" if height else "" for height in heights_N.tolist()]
+        axes.bar_label(bars, labels, padding=2, fontsize=9, color=INK)
+
+
 def svg(figure: Figure) -> str:
     """The figure as an `<svg>` element."""
     buffer = io.StringIO()
@@ -221,9 +283,13 @@ def _draw(lines: Sequence[Line], curve: Curve) -> Figure:
 
 
 def _axes(
-    title: str, label: str, format: str, size: tuple[float, float] = SIZE
+    title: str,
+    label: str,
+    format: str,
+    size: tuple[float, float] = SIZE,
+    layout: Literal["constrained"] | None = "constrained",
 ) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout=layout)
     axes = figure.add_subplot()
     axes.set_title(title, pad=10)
     axes.set_ylabel(label)
