@@ -237,6 +237,24 @@ def mine(records: Sequence[str], corpus: Sequence[str], out: Path, **options: An
     say_report(out, run(sources, searched, out, windows), "records")
 
 
+@augment.command()
+@click.argument("files", nargs=-1, required=True, type=FILE)
+@click.option("--out", type=FILE, required=True, help="PAGE.html; PAGE.json is written too.")
+def report(files: Sequence[Path], out: Path) -> None:
+    """Put the reports of several jobs on one page.
+
+    FILES are the outputs of `drama augment` and `drama mine`, or their report.json. The page has a
+    table of all, then for each what was kept and dropped, lengths, languages, tasks, how often the
+    source is found by its own query, copies, and ten examples. It loads nothing from anywhere.
+
+    \b
+    drama augment report crops.jsonl.gz queries.jsonl.gz rerank.jsonl.gz --out work/augment.html
+    """
+    from drama.augment.page import write_run
+
+    _say(f"{write_run(files, out)}: open it in a browser; {out.with_suffix('.json')} has the same")
+
+
 def say_report(out: Path, report: dict[str, Any], read: str) -> None:
     """The main figures of a job's report. read: what it went through."""
     _say(f"{out}: {report['records']:,} records of {report['read']:,} {read}")
@@ -262,7 +280,8 @@ def say_report(out: Path, report: dict[str, Any], read: str) -> None:
             f"  of these in this run: {paid['sent']:,} calls sent, {paid['cached']:,} cached, "
             f"tokens paid {paid['prompt_tokens']:,} + {paid['completion_tokens']:,}"
         )
-    _say(f"  more, with examples: {beside(out, 'report.json').name} beside it")
+    page, plain = (beside(out, f"report.{suffix}").name for suffix in ("html", "json"))
+    _say(f"  more, with examples: {page} beside it; {plain} has the same numbers")
     _say(f"next: drama shard {out} --out SHARDS")
 
 

@@ -9,7 +9,7 @@ A step is what came of some consecutive documents. Kinds whose answers arrive ou
 in order before they yield a step; a step's results must depend on its documents and on `about`
 alone. Every few seconds the job brings its file to the disk and notes its position in
 `.OUT.partial`; started again with the same arguments it goes on there, to the same bytes. OUT
-appears whole, and OUT.report.json beside it says what it holds.
+appears whole; OUT.report.json beside it says what it holds, and OUT.report.html shows it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from typing import Any, Self
 import numpy as np
 
 from drama.augment.chat import Usage
+from drama.augment.page import write_page
+from drama.augment.reports import report_paths
 from drama.augment.tally import Tally
 from drama.console import console, progress
 from drama.data.duplicates import FINGERPRINT, count_duplicates, fingerprint, place
@@ -44,7 +46,6 @@ JOURNAL_EVERY_S = 5.0
 EXAMPLES, EXAMPLE_CHARS = 10, 300
 SHOWN_CHARS = 60  # of a value that differs
 RECORDS, QUERIES, JOURNAL, LOCK = "records.jsonl", "queries.bin", "journal.json", ".lock"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,14 @@ class Kept:
 
     own_rank: where the teacher ranks the document that the query was made from, 0 for deeper than
         it looked; None where there is none. left_out: documents that did not become negatives.
+    labels: what else is counted of it, by name; the values of a name are a small fixed set, for the
+        counters are held in memory and in the journal.
     """
 
     record: Record
     own_rank: int | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +101,8 @@ class Job:
 
     def __init__(self, out: str | Path, kind: str, about: Mapping[str, Any]) -> None:
         self.out, self.kind = Path(out), kind
-        name = self.out.name
-        stem = next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), "")
-        if not stem:
-            raise UserError(f"{out}: the name must end in {' or '.join(SUFFIXES)}")
+        self.report_path, self.page_path = report_paths(self.out)
         check_file(self.out)
-        self.report_path = self.out.with_name(f"{stem}.report.json")
         # as it comes back from a file, so that both can be compared
         self.about = json.loads(json.dumps({"kind": kind, "format": FORMAT, **about}))
         self.folder = self.out.with_name(f".{self.out.name}.partial")
@@ -120,6 +120,8 @@ class Job:
                     f"{self.out} is there already", markup=False, highlight=False, soft_wrap=True
                 )
                 self.report = report
+                if not self.page_path.exists():  # of an output that is older than the page
+                    self._draw(report)
                 shutil.rmtree(self.folder, ignore_errors=True)  # of a kill at the very end
                 return self
             differences = _differences(report.get("about", {}), self.about)
@@ -209,7 +211,7 @@ class Job:
         self._records.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
         # the place of a record is where its line begins, in two halves
         self._queries.write(place(fingerprint(result.record), at >> 32, at & 0xFFFFFFFF))
-        self.tally.add(result.record, result.own_rank, result.left_out)
+        self.tally.add(result.record, result.own_rank, result.left_out, result.labels)
 
     def _note(self) -> None:
         for file in (self._records, self._queries):
@@ -236,7 +238,7 @@ class Job:
         return True
 
     def _finished(self, usage: Usage | None) -> dict[str, Any]:
-        """The report comes first: where OUT is, it is whole and has one."""
+        """Report and page come first: where OUT is, it is whole and has both."""
         with (self.folder / RECORDS).open("rb") as lines:
 
             def record_at(shard: int, row: int) -> dict[str, Any]:
@@ -263,9 +265,13 @@ class Job:
         with replacing(self.report_path) as temporary:
             text = json.dumps(report, indent=1, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
+        self._draw(report)
         self._take_place()
         shutil.rmtree(self.folder)
         return report
+
+    def _draw(self, report: Mapping[str, Any]) -> None:
+        write_page([(self.out.name, report)], self.page_path, self.out.name)
 
     def _take_place(self) -> None:
         whole = self.folder / RECORDS
@@ -303,7 +309,8 @@ def _brief(record: dict[str, Any]) -> dict[str, Any]:
     for key in ("positives", "negatives"):
         for document in record[key][:1]:
             text = " ".join(f"{document.get('title', '')} {document['text']}".split())
-            brief[key.removesuffix("s")] = text[:EXAMPLE_CHARS]
+            short = text if len(text) <= EXAMPLE_CHARS else text[:EXAMPLE_CHARS] + " …"
+            brief[key.removesuffix("s")] = short
     return brief
 
 

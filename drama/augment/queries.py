@@ -2,7 +2,8 @@
 
 Ma et al. 2025, "DRAMA" (arXiv 2502.18460), section 3.1.2. The model thinks of a task first, which
 makes the queries of a corpus differ in kind. Only the query is trained on: a record's `prompt`
-would be put before it, so the task is left out (it stays in the cache of answers).
+would be put before it, so the task is left out (it stays in the cache of answers) and only its kind
+is counted.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from drama.augment.job import Dropped, Job, Kept, Step
 from drama.augment.messages import query_messages
 from drama.augment.pairs import retrieved_pairs
 from drama.augment.prompts import Prompt
+from drama.augment.tasks import task_kind
 from drama.augment.teacher import Retrieval, Teacher
 from drama.augment.windows import PAPER, Windows
 
 BATCH = 256  # documents whose queries are searched, and written, together
-Written = tuple[CorpusDocument, str | Dropped]  # a document and its query
+Written = tuple[CorpusDocument, answers.Query | Dropped]
 
 
 def make_queries(
@@ -55,7 +57,7 @@ def make_queries(
         query = answers.parse_query(answer, text, examples)
         if isinstance(query, answers.Dropped):
             return item, Dropped(query.reason)
-        return dataclasses.replace(item, lang=item.lang or query.language), query.text
+        return dataclasses.replace(item, lang=item.lang or query.language), query
 
     about = {
         **retrieval.about(),
@@ -83,10 +85,17 @@ def _steps(
     # batches of fixed places: what is searched together decides the last bits of the scores
     while batch := list(islice(written, BATCH)):
         values = [done.value for done in batch]
-        queries = [(query, item) for item, query in values if isinstance(query, str)]
+        queries = [(q.text, item) for item, q in values if isinstance(q, answers.Query)]
         pairs = iter(retrieved_pairs(corpus, teacher, windows, "query", queries))
         results: list[Kept | Dropped] = [
-            next(pairs) if isinstance(query, str) else query for _, query in values
+            _labelled(next(pairs), query) if isinstance(query, answers.Query) else query
+            for _, query in values
         ]
         start += len(batch)
         yield Step(start, results, counted(batch))
+
+
+def _labelled(pair: Kept | Dropped, query: answers.Query) -> Kept | Dropped:
+    if isinstance(pair, Dropped):
+        return pair
+    return dataclasses.replace(pair, labels={"task": task_kind(query.task)})

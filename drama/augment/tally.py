@@ -13,7 +13,7 @@ SHOWN_REASONS = 2
 
 
 class Tally:
-    """Counters by what they count; the keys are strings, as in JSON."""
+    """Counters by what they count; the keys are strings, as in JSON. labels: see `job.Kept`."""
 
     NAMES = (
         "dropped",
@@ -31,13 +31,20 @@ class Tally:
     def __init__(self) -> None:
         self.records = 0
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in self.NAMES}
+        self.labels: dict[str, Counter[str]] = {}
 
     @property
     def dropped(self) -> Counter[str]:
         """Documents of which nothing came, by reason."""
         return self.counts["dropped"]
 
-    def add(self, record: Record, own_rank: int | None, left_out: Mapping[str, int]) -> None:
+    def add(
+        self,
+        record: Record,
+        own_rank: int | None,
+        left_out: Mapping[str, int],
+        labels: Mapping[str, str],
+    ) -> None:
         """Count a record that is kept; `own_rank` 0 is deeper than was looked."""
         self.records += 1
         counts = self.counts
@@ -51,6 +58,8 @@ class Tally:
             counts["document_chars"][str(bucket(len(document.full_text)))] += 1
         if own_rank is not None:
             counts["own_ranks"][str(own_rank or "deeper")] += 1
+        for name, label in labels.items():
+            self.labels.setdefault(name, Counter())[label] += 1
 
     def line(self) -> str:
         """For a progress bar: what was kept and dropped, and why."""
@@ -69,11 +78,12 @@ class Tally:
         if total := ranks.total():
             retrieval["first"] = round(ranks["1"] / total, 4)
             retrieval["found"] = round(1 - ranks["deeper"] / total, 4)
-        return {"records": self.records, **counts, "self_retrieval": retrieval}
+        labels = {name: _sorted(counter) for name, counter in self.labels.items()}
+        return {"records": self.records, **counts, "labels": labels, "self_retrieval": retrieval}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives the same tally back."""
-        return {"records": self.records, "counts": self.counts}
+        return {"records": self.records, "counts": self.counts, "labels": self.labels}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -81,6 +91,8 @@ class Tally:
         tally = cls()
         tally.records = value["records"]
         tally.counts = {name: Counter(value["counts"][name]) for name in cls.NAMES}
+        labels = value.get("labels", {})  # which the first journals did not have
+        tally.labels = {name: Counter(counts) for name, counts in labels.items()}
         return tally
 
 

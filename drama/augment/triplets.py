@@ -13,7 +13,7 @@ from typing import Any
 
 from drama.augment import answers
 from drama.augment.asking import Asking, Talk, together
-from drama.augment.grid import draw, draw_subject
+from drama.augment.grid import Draw, Subject, draw, draw_subject
 from drama.augment.in_order import AHEAD, Done, InOrder
 from drama.augment.job import Dropped, Job, Kept, Step
 from drama.augment.languages import NAMES
@@ -74,16 +74,17 @@ def make_triplets(out: str | Path, asking: Asking, options: TripletOptions) -> d
         """The triplets from number `start` on that share a list of tasks."""
         indices = range(start, min(start + TASKS, options.number))
         number = start // TASKS
-        messages = task_messages(tasks_prompt, draw_subject(asking.seed, number), TASKS)
+        subject = draw_subject(asking.seed, number)
+        messages = task_messages(tasks_prompt, subject, TASKS)
         answer = await talk.ask(asking.request(messages, index=number, max_tokens=TASKS_MAX_TOKENS))
         tasks = answers.parse_tasks(answer) if isinstance(answer, str) else answer
         if not isinstance(tasks, tuple):
             return [Dropped(f"no task: {tasks.reason}")] * len(indices)
         return await together(
-            triplet(index, tasks[(index - start) % len(tasks)], talk) for index in indices
+            triplet(index, subject, tasks[(index - start) % len(tasks)], talk) for index in indices
         )
 
-    async def triplet(index: int, task: str, talk: Talk) -> Kept | Dropped:
+    async def triplet(index: int, subject: Subject, task: str, talk: Talk) -> Kept | Dropped:
         form = draw(asking.seed, index, options.languages)
         messages = triplet_messages(prompt, task, form)
         answer = await talk.ask(asking.request(messages, index=index, schema=SCHEMA))
@@ -100,7 +101,7 @@ def make_triplets(out: str | Path, asking: Asking, options: TripletOptions) -> d
             source=SOURCE,
             lang=form.language,
         )
-        return Kept(record)
+        return Kept(record, labels=_labels(subject, form))
 
     about = {
         **asking.about(tasks_prompt, prompt),
@@ -116,6 +117,18 @@ def make_triplets(out: str | Path, asking: Asking, options: TripletOptions) -> d
         with InOrder(llm, lists, work, ahead) as results:
             steps = _steps(results, job.start, options.number)
             return job.run(steps, options.number, llm.usage)
+
+
+def _labels(subject: Subject, form: Draw) -> dict[str, str]:
+    """What was drawn for a triplet, for the report; its language is the record's."""
+    return {
+        "task": subject.search,
+        "field": subject.topic,
+        "query length": form.query_length,
+        "document length": form.document_length,
+        "for whom": form.difficulty,
+        "clarity": form.clarity,
+    }
 
 
 def _steps(

@@ -74,6 +74,23 @@ def test_from_text_to_shards_and_mined_again(world, tmp_path):
     )  # fmt: skip
 
 
+def test_reports_of_two_jobs_on_one_page(world, tmp_path):
+    teacher = ("--teacher", world / "model", "--work", tmp_path / "work")
+    outs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"]
+    for seed, out in enumerate(outs):
+        made = drama("augment", "crops", world / "c.jsonl", *teacher, "--seed", seed, "--out", out)
+        page = out.name.replace("jsonl", "report").removesuffix(".gz") + ".html"
+        assert f"more, with examples: {page} beside it" in said(made)
+        assert "<svg" in (tmp_path / page).read_text()
+    page = tmp_path / "run" / "augment.html"
+    text = said(drama("augment", "report", *outs, "--out", page))
+    assert f"{page}: open it in a browser; {page.with_suffix('.json')} has the same" in text
+    assert 'href="#job-1"' in page.read_text()
+    assert len(json.loads(page.with_suffix(".json").read_text())["jobs"]) == 2
+    line = refused("augment", "report", tmp_path / "c.jsonl", "--out", page)
+    assert "c.jsonl has no report: " in line
+
+
 def test_the_defaults_are_the_papers(world, tmp_path):
     out = tmp_path / "crops.jsonl"
     said(drama("augment", "crops", world / "c.jsonl", "--teacher", world / "model", "--out", out))

@@ -36,7 +36,8 @@ def result(number):
         query, tuple(documents[:2]), tuple(documents[2:]), source=draw.choice("ab"), lang="en",
         scores={document.id: draw.random() for document in documents},
     )  # fmt: skip
-    return Kept(record, draw.choice([0, 1, 7]), {"copy": number % 3})
+    own_rank = draw.choice([0, 1, 7])
+    return Kept(record, own_rank, {"copy": number % 3}, {"task": draw.choice(["claim", "title"])})
 
 
 def steps(start, size=32):
@@ -48,6 +49,13 @@ def steps(start, size=32):
 def work(out, about=None, make=steps):
     with Job(out, "test", about or {"seed": 0}) as job:
         return job.report or job.run(make(job.start), TOTAL)
+
+
+def page(out):
+    """The page beside an output, without the output's name."""
+    text = out.with_name(f"{out.name.split('.')[0]}.report.html").read_text()
+    assert out.name in text
+    return text.replace(out.name, "OUT")
 
 
 def killed(out, after):
@@ -90,13 +98,18 @@ def test_a_killed_job_goes_on_to_the_same_bytes(tmp_path, suffix):
     assert out.read_bytes() == whole.read_bytes()
     names = ("out", "whole")
     assert len({(tmp_path / f"{name}.report.json").read_bytes() for name in names}) == 1
+    assert page(out) == page(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        name for stem in names for name in (f"{stem}{suffix}", f"{stem}.report.json")
+        name
+        for stem in names
+        for name in (f"{stem}{suffix}", f"{stem}.report.json", f"{stem}.report.html")
     )
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-@pytest.mark.parametrize("at", ["count_duplicates", "_sample", "Job._take_place", "shutil.rmtree"])
+@pytest.mark.parametrize(
+    "at", ["count_duplicates", "_sample", "write_page", "Job._take_place", "shutil.rmtree"]
+)
 def test_a_job_killed_at_its_end_gives_the_same_bytes(tmp_path, at, suffix):
     out, whole = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
     work(whole)
@@ -111,8 +124,11 @@ def test_a_job_killed_at_its_end_gives_the_same_bytes(tmp_path, at, suffix):
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    if out.exists():
+        assert page(out) == page(whole)
     work(out)
     assert out.read_bytes() == whole.read_bytes()
+    assert page(out) == page(whole)
     assert not list(tmp_path.glob(".*.partial"))
 
 
@@ -143,6 +159,8 @@ def test_the_report_counts(tmp_path):
     )
     ranks = Counter(item.own_rank for item in kept)
     assert report["own_ranks"] == {"1": ranks[1], "7": ranks[7], "deeper": ranks[0]}
+    labels = Counter(item.labels["task"] for item in kept)
+    assert report["labels"] == {"task": labels}
     assert report["self_retrieval"] == {
         "first": round(ranks[1] / len(kept), 4),
         "found": round(1 - ranks[0] / len(kept), 4),
@@ -169,6 +187,10 @@ def test_a_finished_job_is_not_done_again(tmp_path):
     report = work(tmp_path / "out.jsonl")
     again = work(tmp_path / "out.jsonl", make=lambda start: pytest.fail("done again"))
     assert again == json.loads(json.dumps(report))
+    before = page(tmp_path / "out.jsonl")
+    (tmp_path / "out.report.html").unlink()  # as of an output that is older than the page
+    work(tmp_path / "out.jsonl", make=lambda start: pytest.fail("done again"))
+    assert page(tmp_path / "out.jsonl") == before
 
 
 def test_other_arguments_are_noticed(tmp_path):

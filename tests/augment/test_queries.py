@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections import Counter
 
 import pytest
 
@@ -48,6 +49,7 @@ def test_records_stand_in_the_corpus_order_with_the_papers_ranks(run, server, tm
         assert 20 <= len(record.negatives) <= 21
         assert (record.lang, record.prompt) == ("en", "")
         assert set(record.scores) == {d.id for d in (*record.positives, *record.negatives)}
+    assert report["labels"] == {"task": {"no form named": 60}}  # "find it."
     assert report["llm"] == {"prompt tokens": 420, "completion tokens": 180, "calls": 60}
     assert report["llm_this_run"]["sent"] == 60
     assert max(server.paid.values()) == 1
@@ -79,6 +81,22 @@ def test_answers_of_no_use_are_dropped_by_reason(run, tmp_path):
     assert report["records"] == len(list(read_source(tmp_path / "out.jsonl"))) > 0
     assert {"empty answer", "refusal", "copies the document"} <= set(report["dropped"])
     assert report["dropped"]["copies an example of the prompt"] > 0
+
+
+def test_kinds_of_tasks_are_counted_for_what_is_kept(run, tmp_path):
+    lines = ["Task: Given a claim, find it.", "Task: Given a question, find it.", "", "Task: Bees."]
+    kinds = ["claim", "question", "no task given", "not recognised"]
+
+    def model(prompt):
+        number = len(prompt.split("<document>\n")[1].split("\n</document>")[0]) % 5
+        return "" if number == 4 else f"{lines[number]}\n" + pretend(prompt).split("\n", 1)[1]
+
+    with served(model) as server:
+        report = run(server.url)
+    corpus = Corpus(tmp_path / "work-c.jsonl" / "corpus").read()
+    numbers = [len(" ".join(item.document.full_text.split())) % 5 for item in corpus]
+    assert report["dropped"] == {"empty answer": numbers.count(4)}
+    assert report["labels"] == {"task": Counter(kinds[n] for n in numbers if n != 4)}
 
 
 def test_refused_requests_are_dropped_and_counted(run):

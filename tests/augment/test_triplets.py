@@ -1,9 +1,11 @@
 """Triplets without a corpus: drawn by number, read without trust, resumable."""
 
+from collections import Counter
+
 import pytest
 
 from drama.augment.asking import Asking
-from drama.augment.grid import draw
+from drama.augment.grid import draw, draw_subject
 from drama.augment.llm import IncompleteError
 from drama.augment.patience import Limits
 from drama.augment.testing import answer_batch, held_answers, killed, pretend, served
@@ -36,6 +38,16 @@ def test_a_record_for_each_number_in_order(run, server, tmp_path):
         assert draw(0, number).query_length in record.query
         assert len(record.positives) == len(record.negatives) == 1
         assert (record.source, record.lang) == ("triplets", "en")
+    forms = [draw(0, number) for number in range(NUMBER)]
+    subjects = [draw_subject(0, number // 20) for number in range(NUMBER)]
+    assert report["labels"] == {
+        "task": Counter(subject.search for subject in subjects),
+        "field": Counter(subject.topic for subject in subjects),
+        "query length": Counter(form.query_length for form in forms),
+        "document length": Counter(form.document_length for form in forms),
+        "for whom": Counter(form.difficulty for form in forms),
+        "clarity": Counter(form.clarity for form in forms),
+    }
     assert report["llm"]["calls"] == NUMBER + 3  # three lists of tasks
     assert report["duplicate_queries"]["exact"] == 0
     tasks = [b for b in server.calls if "Write 20" in b["messages"][-1]["content"]]
