@@ -172,7 +172,7 @@ def numbers_histogram(
 
     beyond: name and count of a last bar, apart from the others.
     """
-    low, high = (min(counts), max(counts)) if counts else (1, 1)
+    low, high = min(counts), max(counts)
     size = math.ceil((high - low + 1) / MAX_BARS)
     heights_N = np.zeros((high - low) // size + 1, np.int64)
     for number, count in counts.items():
@@ -189,6 +189,8 @@ def numbers_histogram(
             right += 2 * size
             axes.text(right, count, f"{name} {count:,}", fontsize=9, color=INK, ha="right",
                       va="bottom")  # fmt: skip
+            ticks = MaxNLocator(8, integer=True).tick_values(low, high)
+            axes.set_xticks([tick for tick in ticks if low <= tick <= high])  # none under the last
         axes.set_xlim(low - 0.6 * size, right)
     return figure
 

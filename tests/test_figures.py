@@ -53,5 +53,6 @@ def test_what_is_beyond_stands_apart():
     assert height == 1234
     assert right <= figure.axes[0].get_xlim()[1]
     assert "deeper 1,234" in svg(figure)
-    (alone,) = bars(numbers_histogram({}, "rank", "queries", ("deeper", 7)))
+    assert [int(tick) for tick in figure.axes[0].get_xticks()] == [1, 2, 3]
+    (alone,) = bars(numbers_histogram({1: 0}, "rank", "queries", ("deeper", 7)))
     assert alone[2] == 7

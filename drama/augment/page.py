@@ -176,9 +176,9 @@ def _histograms(job: Report) -> list[str]:
         if len(counts) > 1:  # one number is a tile
             figures.append((title, numbers_histogram(counts, "documents", "records")))
     if job.own_ranks:
-        ranks = {rank: count for rank, count in job.own_ranks.items() if isinstance(rank, int)}
+        found = {rank: count for rank, count in job.own_ranks.items() if isinstance(rank, int)}
         deeper = ("deeper", job.own_ranks.get("deeper", 0))
-        drawn = numbers_histogram(ranks, "rank", "queries", deeper)
+        drawn = numbers_histogram({1: 0} | found, "rank", "queries", deeper)
         figures.append(("Where the teacher finds a query's own document", drawn))
     return [card(svg(figure), title) for title, figure in figures]
 
