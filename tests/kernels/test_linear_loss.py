@@ -321,11 +321,11 @@ def step(tokens, vocabulary, width, teacher, dtype=torch.float32):
 
 @pytest.mark.parametrize("teacher", [False, True])
 def test_no_tensor_is_larger_than_a_chunk(monkeypatch, teacher):
-    """At 2,000 tokens of a vocabulary of 3,001; a vocabulary larger than the chunk takes a row."""
-    for work, dtype in ((2**17, torch.float32), (2**17, torch.bfloat16), (1000, torch.float32)):
+    """At 500 tokens of a vocabulary of 3,001; a vocabulary larger than the chunk takes a row."""
+    for work, dtype in ((2**15, torch.float32), (2**15, torch.bfloat16), (1000, torch.float32)):
         monkeypatch.setattr(linear_loss_torch, "WORK_ELEMENTS", work)
         monkeypatch.setattr(linear_loss_torch, "BLOCK_ELEMENTS", 2**13)
-        tokens, vocabulary, width = (2000, 3001, 16) if work > 3001 else (50, 3001, 16)
+        tokens, vocabulary, width = (500, 3001, 16) if work > 3001 else (50, 3001, 16)
         run = step(tokens, vocabulary, width, teacher, dtype)
         with Largest() as largest:
             run()
@@ -338,17 +338,17 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch, teacher):
 def test_work_memory_does_not_grow_with_the_logits(monkeypatch, teacher):
     """Four times the tokens: their gradients twice, saved and scaled, and a few numbers each."""
     vocabulary, width = 2003, 16
-    monkeypatch.setattr(linear_loss_torch, "WORK_ELEMENTS", 2**17)
+    monkeypatch.setattr(linear_loss_torch, "WORK_ELEMENTS", 2**16)
     monkeypatch.setattr(linear_loss_torch, "BLOCK_ELEMENTS", 2**13)
     small, large = (
         peak_bytes(step(tokens, vocabulary, width, teacher), torch.device("cpu"))
-        for tokens in (1000, 4000)
+        for tokens in (500, 2000)
     )
-    assert large - small <= 4 * (4000 - 1000) * (2 * width + 16) + 2**16
+    assert large - small <= 4 * (2000 - 500) * (2 * width + 16) + 2**16
     blocks = linear_loss_torch.SPARES * 2**13
-    work = (1 + teacher) * 2**17 + (blocks + 2**13 if teacher else 0)
-    assert small <= 4 * (work + 2 * (1000 + vocabulary) * width + 16 * 1000) + 2**16
-    assert large < 4 * 4000 * vocabulary / 8, "an eighth of the logits, or the bound says nothing"
+    work = (1 + teacher) * 2**16 + (blocks + 2**13 if teacher else 0)
+    assert small <= 4 * (work + 2 * (500 + vocabulary) * width + 16 * 500) + 2**16
+    assert large < 4 * 2000 * vocabulary / 8, "an eighth of the logits, or the bound says nothing"
 
 
 def test_a_real_vocabulary_in_constant_memory():
