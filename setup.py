@@ -20,6 +20,7 @@ setup(
         "drama.augment": ["prompts/*.yaml"],
         "drama.ds_configs": ["*.json"],
         "drama.recipes": ["*.yaml"],
+        "drama.retrieve": ["published.csv", "suites/*.yaml"],
         "drama.data.demo": ["*", "scifact/*", "scifact/qrels/*"],
     },
     install_requires=[
@@ -35,6 +36,7 @@ setup(
         "bm25s",
         "PyStemmer",
         "ir-measures",
+        "huggingface-hub",
         "numpy",
         "psutil",
         "safetensors",
@@ -56,6 +58,7 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",
+            "scipy",
             "s3fs",
             "moto[server]",
             "triton>=3.6; platform_system == 'Linux'",

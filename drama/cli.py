@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from drama import cli_augment, cli_augment_llm, cli_data
+from drama import cli_augment, cli_augment_llm, cli_data, cli_evaluate
 from drama.console import console, quiet_libraries
 from drama.errors import UserError, exit_on_user_error
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 for command in cli_augment_llm.COMMANDS:
     cli_augment.augment.add_command(command)
-for command in (*cli_data.COMMANDS, *cli_augment.COMMANDS):
+for command in (*cli_data.COMMANDS, *cli_augment.COMMANDS, *cli_evaluate.COMMANDS):
     main.add_command(command)
 
 
@@ -278,52 +278,6 @@ def search(queries: Sequence[str], folder: Path, k: int) -> None:
         for rank, hit in enumerate(hits, 1):
             click.echo(f"{rank:3d}  {hit.score:.3f}  {hit.id}  {hit.title}")
             click.secho(f"            {hit.snippet}", dim=True)
-
-
-@main.command()
-@click.argument("dataset", type=FOLDER)
-@click.option(
-    "--system",
-    "systems",
-    multiple=True,
-    required=True,
-    metavar="[NAME=]SPEC",
-    help="bm25, a model folder or an index folder; give it several times.",
-)
-@click.option("--split", default="test", show_default=True)
-@click.option("--out", type=FOLDER, help="Keep runs, vectors and figures here.")
-@click.option("--dim", type=click.IntRange(1), help="Cut vectors to this width (Matryoshka).")
-@click.option("--max-tokens", type=click.IntRange(2), help="Cut documents here (model folders).")
-@click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout.")
-def evaluate(
-    dataset: Path,
-    systems: Sequence[str],
-    split: str,
-    out: Path | None,
-    dim: int | None,
-    max_tokens: int | None,
-    as_json: bool,
-) -> None:
-    """nDCG@10, Recall@100 and MRR@10 on a BEIR folder.
-
-    \b
-    drama evaluate data/demo/scifact --system bm25 --system ours=runs/demo/model
-    """
-    from drama.retrieve.evaluate import evaluate as run
-
-    specs: dict[str, str] = {}
-    for system in systems:
-        name, equals, spec = system.partition("=")
-        spec = spec if equals else name
-        name = name if equals else Path(name).name
-        if name in specs:
-            raise UserError(f"two systems are called {name}; name them: --system NAME=SPEC")
-        specs[name] = spec
-    results = run(dataset, specs, split=split, out=out, dim=dim, max_tokens=max_tokens)
-    if as_json:
-        click.echo(results.to_json())
-    else:
-        console.print(results.table())
 
 
 @main.command()

@@ -94,31 +94,36 @@ def training_figures(lines: Sequence[Line]) -> list[Figure]:
         return figures + ([_phases(lines)] if _has(lines, "seconds_by_phase") else [])
 
 
+def evaluation_figures(results: Results) -> list[Figure]:
+    """The metrics; of several datasets, then the headline metric for each of them."""
+    several = len(results.get("datasets", ())) > 1
+    return [evaluation_bars(results)] + ([evaluation_by_dataset(results)] if several else [])
+
+
 def evaluation_bars(results: Results) -> Figure:
-    """Grouped bars: a group a metric, a colour a system, the value above each bar."""
+    """Grouped bars: a group a metric, a colour a system, the value above each bar, with whiskers
+    over the interval where there is one."""
     systems: Mapping[str, Any] = results["systems"]
     metrics = list(next(iter(systems.values()))["metrics"])
-    width = 0.8 / len(systems)
-    inches = max(SIZE[0], 1.2 + 0.62 * len(metrics) * len(systems))
     title = f"{results.get('dataset', '')} {results.get('split', '')}".strip() or "Evaluation"
     if "num_queries" in results:
         title += f", {results['num_queries']:,} queries"
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(title, "score, 0 to 1", ".1f", (inches, 3.6))
-        for number, (name, system) in enumerate(systems.items()):
-            places = np.arange(len(metrics)) + (number - (len(systems) - 1) / 2) * width
-            values = [system["metrics"][metric] for metric in metrics]
-            colour = COLOURS[number % len(COLOURS)]
-            bars = axes.bar(places, values, width * 0.9, color=colour, label=name)
-            blank = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-            axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8.5, color=INK, bbox=blank)
-        axes.set_xlabel("")
-        axes.set_xticks(range(len(metrics)), metrics, color=INK)
-        axes.tick_params(axis="x", length=0, pad=6)
-        axes.set_ylim(0, 1.08)
-        axes.set_yticks(np.linspace(0, 1, 6))
-        figure.legend(loc="outside lower center", ncols=min(4, len(systems)))
-    return figure
+    return _bars(title, "score, 0 to 1", metrics, {
+        name: [_point(system, metric) for metric in metrics] for name, system in systems.items()
+    })  # fmt: skip
+
+
+def evaluation_by_dataset(results: Results) -> Figure:
+    """Grouped bars of the first metric: a group a dataset and one for the mean."""
+    metric, datasets = results["metrics"][0], results["datasets"]
+    groups = {found["group"] for found in datasets.values()}
+    languages = [found["lang"] for found in datasets.values()]
+    short = len(groups) == 1 and all(languages)
+    title = f"{results['dataset']}, {metric}"
+    return _bars(title, metric, [*(languages if short else datasets), "mean"], {
+        name: [_point(found["systems"][name], metric) for found in (*datasets.values(), results)]
+        for name in results["systems"]
+    })  # fmt: skip
 
 
 def over_seeds(
@@ -219,6 +224,51 @@ def svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(NO_METADATA))
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _point(system: Mapping[str, Any], metric: str) -> tuple[float, float, float]:
+    """A value with its interval; without one, from itself to itself."""
+    value = system["metrics"][metric]
+    low, high = system.get("intervals", {}).get(metric, (value, value))
+    return value, low, high
+
+
+def _bars(
+    title: str,
+    label: str,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[tuple[float, float, float]]],
+) -> Figure:
+    """Bars from 0 to 1: value, low and high of each group, by name of the series."""
+    width, narrow = 0.8 / len(series), len(groups) > 6
+    inches = max(SIZE[0], 1.2 + (0.3 if narrow else 0.62) * len(groups) * len(series))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(title, label, ".1f", (inches, 3.6))
+        for number, (name, points) in enumerate(series.items()):
+            places = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * width
+            value_G, low_G, high_G = np.array(points, dtype=float).T
+            colour = COLOURS[number % len(COLOURS)]
+            bars = axes.bar(places, value_G, width * 0.9, color=colour, label=name)
+            if (low_G < high_G).any():
+                reach = np.maximum(0, [value_G - low_G, high_G - value_G])
+                axes.errorbar(places, value_G, reach, fmt="none", ecolor=GREY, elinewidth=1)
+            if not narrow:
+                tops = [f"{value:.3f}" for value in value_G]
+                for bar, top, text in zip(bars, high_G, tops, strict=True):
+                    axes.annotate(
+                        text, (bar.get_x() + bar.get_width() / 2, top), (0, 3), ha="center",
+                        textcoords="offset points", fontsize=8.5, color=INK,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+                    )  # fmt: skip
+        axes.set_xlabel("")
+        long = max(map(len, groups)) > 4 and narrow
+        axes.set_xticks(range(len(groups)), groups, color=INK,
+                        rotation=30 if long else 0, ha="right" if long else "center")  # fmt: skip
+        axes.tick_params(axis="x", length=0, pad=6)
+        axes.set_ylim(0, 1.08)
+        axes.set_yticks(np.linspace(0, 1, 6))
+        figure.legend(loc="outside lower center", ncols=min(4, len(series)))
+    return figure
 
 
 def _loss(lines: Sequence[Line]) -> Figure:

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from drama.errors import UserError
-from drama.figures import Line, Results, evaluation_bars, svg, training_figures
+from drama.figures import Line, Results, evaluation_figures, svg, training_figures
 from drama.html_page import card, fold_out, grid, table, text, tiles, write_html
 
 
@@ -41,7 +41,7 @@ def write_report(run_dir: str | Path) -> Path:
     if lines:
         parts += [tiles(_facts(lines)), grid(card(svg(x)) for x in training_figures(lines))]
     if results:
-        shown = grid((card(svg(evaluation_bars(results))), _table(results)))
+        shown = grid([*(card(svg(x)) for x in evaluation_figures(results)), _table(results)])
         parts += ["<h2>Evaluation</h2>", shown]
     if recipe:
         parts += [fold_out("Recipe", f"<pre>{text(recipe)}</pre>")]

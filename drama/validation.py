@@ -29,11 +29,12 @@ from drama.gather import Columns
 from drama.gradcache import GradCache
 from drama.loading import check_held_out
 from drama.recipe import Recipe
-from drama.retrieve.evaluate import Qrels, score
+from drama.retrieve.measures import Qrels, cutoff, score
 from drama.retrieve.run import Run, without_queries
 from drama.tokenizer import Kind
 
-DEPTH = 10  # of nDCG
+METRIC = "nDCG@10"
+DEPTH = cutoff(METRIC)
 QUERIES_AT_ONCE = 256
 
 
@@ -153,7 +154,7 @@ class Validator:
         value = torch.zeros((), dtype=torch.float64, device=self.step.device)
         if self.rank == 0:
             run = _run(dataset, queries_QD, documents_ND)
-            value += fmean(score(dataset.qrels, run)["nDCG@10"].values())
+            value += fmean(score(dataset.qrels, run, [METRIC])[METRIC].values())
         if self.world > 1:
             dist.broadcast(value, 0)
         return value.item()

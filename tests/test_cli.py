@@ -173,7 +173,16 @@ MISSING = {
         "search --index gone",
         "no query: give one as an argument or a line of standard input",
     ),
-    "evaluate": ("evaluate gone --system bm25 --out out", "gone has no qrels split 'test'"),
+    "evaluate": ("evaluate gone --system bm25 --out out", "gone is no test set; give a BEIR"),
+    "evaluate-nothing": ("evaluate --system bm25", "no test set to evaluate on; give a BEIR"),
+    "evaluate-suite": (
+        "evaluate --suite beir13 --system bm25",
+        "no suite 'beir13' (did you mean 'beir-13'?); there are beir-13, miracl-18, mldr-13",
+    ),
+    "evaluate-download": (
+        "evaluate gone --download --system bm25",
+        "--download fetches a suite; name one with --suite",
+    ),
     "evaluate-twice": (
         "evaluate gone --system bm25 --system bm25 --out out",
         "two systems are called bm25; name them: --system NAME=SPEC",
@@ -345,7 +354,7 @@ def test_from_texts_to_answers(here: Path) -> None:
     results = json.loads(judged.stdout)
     assert list(results["systems"]) == ["bm25", "ours"]
     assert results["systems"]["bm25"]["metrics"]["nDCG@10"] == 1.0
-    assert (here / "evaluation" / "runs" / "ours.trec").is_file()
+    assert (here / "evaluation" / "dataset" / "runs" / "ours.trec").is_file()
     do("report evaluation")
     assert "ours" in (here / "evaluation" / "report.html").read_text()
 

@@ -64,7 +64,7 @@ def test_each_stage_reads_what_an_earlier_one_wrote(tmp_path: Path) -> None:
     assert recipe.data.shards == [options["shard"]["out"]] == [out / "shards"]
     assert options["export"]["run"] == out
     assert options["encode"]["model"] == options["export"]["out"]
-    assert options["encode"]["corpus"] == options["evaluate"]["dataset"]
+    assert (options["encode"]["corpus"],) == options["evaluate"]["datasets"]
     assert options["index"]["vectors"] == options["encode"]["out"]
     assert options["evaluate"]["systems"] == (
         "bm25", f"before={out / 'backbone'}", f"after={options['index']['out']}",

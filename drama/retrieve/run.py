@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from drama.data.lines import read_lines
 from drama.errors import UserError
 from drama.files import replacing
 
@@ -48,3 +50,37 @@ def write_run(run: Run, path: Path, tag: str) -> None:
         ]
     with replacing(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a TREC run file, plain or packed: `query Q0 document rank score tag`.
+
+    The ranking is by score, as trec_eval takes it; ranks are not looked at.
+
+    Raises:
+        UserError: a line of another form, a score that is no number, or a document that a query
+            has twice.
+    """
+    run: Run = {}
+    for number, line in read_lines(path):
+        columns = line.split()
+        if len(columns) != 6:
+            raise UserError(
+                f"{path}:{number}: {len(columns)} columns, expected query, Q0, document, rank, "
+                "score, tag"
+            )
+        query_id, _, document_id, _, score, _ = columns
+        found = run.setdefault(query_id, {})
+        if document_id in found:
+            raise UserError(
+                f"{path}:{number}: query '{query_id}' has document '{document_id}' twice"
+            )
+        try:
+            found[document_id] = float(score)
+        except ValueError:
+            raise UserError(f"{path}:{number}: score '{score}' is not a number") from None
+        if math.isnan(found[document_id]):
+            raise UserError(f"{path}:{number}: the score is NaN")
+    if not run:
+        raise UserError(f"{path} holds no rankings")
+    return run

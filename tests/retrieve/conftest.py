@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -89,3 +94,84 @@ def dataset(tmp_path: Path) -> Path:
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[[str, list[dict[str, str]]], Path]:
     return lambda name, rows: write_jsonl(tmp_path / name, rows)
+
+
+def write_gz(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_miracl(root: Path, lang: str) -> Path:
+    """As miracl/miracl and miracl/miracl-corpus have it."""
+    folder = root / f"miracl-v1.0-{lang}"
+    for kind in ("topics", "qrels"):
+        (folder / kind).mkdir(parents=True)
+    name = f"miracl-v1.0-{lang}-dev.tsv"
+    topics = [f"{id_}\t{text}\n" for id_, text in QUERIES.items()]
+    (folder / "topics" / f"topics.{name}").write_text("".join(topics), encoding="utf-8")
+    qrels = [f"{q}\tQ0\t{d}\t{g}\n" for q, grades in QRELS.items() for d, g in grades.items()]
+    (folder / "qrels" / f"qrels.{name}").write_text("".join(qrels), encoding="utf-8")
+    rows = [{"docid": id_, "title": title, "text": text} for id_, title, text in DOCUMENTS]
+    corpus = root / f"miracl-corpus-v1.0-{lang}"
+    for number, part in ((0, rows[:3]), (2, rows[3:5]), (10, rows[5:])):
+        write_gz(corpus / f"docs-{number}.jsonl.gz", part)
+    return folder
+
+
+def write_mldr(root: Path, lang: str) -> Path:
+    """As Shitao/MLDR has it."""
+    folder = root / f"mldr-v1.0-{lang}"
+    rows = [{"docid": i, "text": f"{title} {text}".strip()} for i, title, text in DOCUMENTS]
+    write_gz(folder / "corpus.jsonl.gz", rows)
+    asked = [
+        {
+            "query_id": query,
+            "query": QUERIES[query],
+            "positive_passages": [{"docid": d, "text": ""} for d, g in grades.items() if g],
+            "negative_passages": [],
+        }
+        for query, grades in QRELS.items()
+    ]
+    write_gz(folder / "test.jsonl.gz", asked)
+    write_gz(folder / "train.jsonl.gz", asked[:1])
+    return folder
+
+
+def write_parquet(root: Path, name: str) -> Path:
+    """As BeIR/NAME and BeIR/NAME-qrels have it."""
+    folder = root / name
+    tables = {
+        "corpus": [{"_id": i, "title": title, "text": text} for i, title, text in DOCUMENTS],
+        "queries": [{"_id": i, "title": "", "text": text} for i, text in QUERIES.items()],
+    }
+    for kind, rows in tables.items():
+        (folder / kind).mkdir(parents=True)
+        half = len(rows) // 2
+        for number, part in enumerate((rows[:half], rows[half:])):
+            file = folder / kind / f"{kind}-{number:05}-of-00002.parquet"
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), file)
+    lines = [f"{q}\t{d}\t{g}\n" for q, grades in QRELS.items() for d, g in grades.items()]
+    (folder / "qrels").mkdir()
+    header = "query-id\tcorpus-id\tscore\n"
+    (folder / "qrels" / "test.tsv").write_text(header + "".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def jsonl_gz() -> Callable[[Path, list[dict[str, Any]]], None]:
+    return write_gz
+
+
+@pytest.fixture
+def upstream() -> SimpleNamespace:
+    """The content of `dataset`, and functions that write it as upstream does."""
+    return SimpleNamespace(
+        documents=DOCUMENTS,
+        queries=QUERIES,
+        judged={query: QUERIES[query] for query in QRELS},
+        qrels=QRELS,
+        miracl=write_miracl,
+        mldr=write_mldr,
+        parquet=write_parquet,
+    )

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import io
 import json
-import math
-import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,41 +17,10 @@ from rich.console import Console
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.retrieve.encode import encode_corpus
-from drama.retrieve.evaluate import evaluate, score
+from drama.retrieve.evaluate import evaluate
 from drama.retrieve.index import build_index
-from drama.retrieve.run import without_queries, write_run
-
-
-def test_score_of_a_case_done_by_hand():
-    qrels = {"a": {"x": 2, "y": 1, "z": 0}, "b": {"w": 1}, "c": {"v": 1}}
-    ranking = {f"n{i}": 1.0 - i / 100 for i in range(20)}
-    run = {"a": {"z": 3.0, "y": 2.0, "x": 1.0}, "b": ranking | {"w": 0.895}}
-    found = score(qrels, run)
-    log = math.log2
-    ideal = 2 / log(2) + 1 / log(3)
-    assert found["nDCG@10"] == pytest.approx(
-        {"a": (1 / log(3) + 2 / log(4)) / ideal, "b": 0.0, "c": 0.0}
-    )
-    assert found["Recall@100"] == {"a": 1.0, "b": 1.0, "c": 0.0}
-    assert found["MRR@10"] == {"a": 0.5, "b": 0.0, "c": 0.0}  # w stands at rank 12
-
-
-def test_score_equals_pytrec_eval():
-    chance = random.Random(0)
-    documents = [f"d{i}" for i in range(300)]
-    queries = [f"q{i}" for i in range(40)]
-    qrels = {q: {d: chance.randint(0, 3) for d in chance.sample(documents, 12)} for q in queries}
-    # scores of one digit: many ties
-    run = {q: {d: chance.randint(0, 9) / 9 for d in chance.sample(documents, 150)} for q in queries}
-    measures = {"ndcg_cut_10", "recall_100", "recip_rank"}
-    reference = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run)
-    found = score(qrels, run)
-    for q in queries:
-        assert found["nDCG@10"][q] == reference[q]["ndcg_cut_10"]
-        assert found["Recall@100"][q] == reference[q]["recall_100"]
-        ranked = sorted(run[q], key=lambda d: (run[q][d], d), reverse=True)[:10]
-        ranks = [rank for rank, d in enumerate(ranked, 1) if qrels[q].get(d, 0) > 0]
-        assert found["MRR@10"][q] == (1 / ranks[0] if ranks else 0)
+from drama.retrieve.run import read_run, without_queries, write_run
+from drama.retrieve.tables import tables
 
 
 def test_evaluate_bm25_a_model_and_an_index(dataset, model, tmp_path):
@@ -59,12 +30,14 @@ def test_evaluate_bm25_a_model_and_an_index(dataset, model, tmp_path):
     systems = {"bm25": "bm25", "tiny": model, "tiny-index": tmp_path / "index"}
     results = evaluate(dataset, systems, out=out)
 
-    assert (results.num_queries, results.num_documents, results.num_judgements) == (3, 8, 6)
-    assert results.num_unknown_documents == 1
+    facts = results.datasets["facts"]
+    assert (facts.num_queries, facts.num_documents, facts.num_judgements) == (3, 8, 6)
+    assert facts.num_unknown_documents == 1
     bm25 = results.systems["bm25"]
     assert bm25.metrics["MRR@10"] == 1.0
     # q2 has a relevant document that the corpus lacks: it counts as missed
-    assert bm25.per_query["Recall@100"] == {"q1": 1.0, "q2": 0.5, "q3": 1.0}
+    per_query = json.loads((out / "facts" / "scores" / "bm25.json").read_text())["per_query"]
+    assert per_query["Recall@100"] == {"q1": 1.0, "q2": 0.5, "q3": 1.0}
     assert results.systems["tiny"].metrics == results.systems["tiny-index"].metrics
     assert (bm25.dim, results.systems["tiny"].dim) == (None, 64)
 
@@ -72,19 +45,21 @@ def test_evaluate_bm25_a_model_and_an_index(dataset, model, tmp_path):
     stored = json.loads((out / "evaluation.json").read_text())
     qrels = {"q1": {"d1": 2, "d7": 1}, "q2": {"d4": 1, "gone": 1}, "q3": {"d5": 1, "d3": 0}}
     for name in systems:
-        with (out / "runs" / f"{name}.trec").open() as file:
+        with (out / "facts" / "runs" / f"{name}.trec").open() as file:
             run = pytrec_eval.parse_run(file)
         reference = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut_10"}).evaluate(run)
         values = {q: reference[q]["ndcg_cut_10"] for q in qrels}
-        assert stored["systems"][name]["per_query"]["nDCG@10"] == pytest.approx(values)
+        scores = json.loads((out / "facts" / "scores" / f"{name}.json").read_text())
+        assert scores["per_query"]["nDCG@10"] == pytest.approx(values)
         mean = sum(values.values()) / 3
         assert stored["systems"][name]["metrics"]["nDCG@10"] == pytest.approx(mean)
     table = (out / "evaluation.md").read_text()
     assert f"| bm25 |  | **{bm25.metrics['nDCG@10']:.4f}** |" in table
     assert "6 judgements (1 of documents that the corpus lacks)" in table
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(results.table())
+    console.print(*tables(results))
     assert f"{bm25.metrics['nDCG@10']:.4f}" in console.export_text()
+    assert "<svg" in (out / "evaluation.svg").read_text()
 
 
 def test_a_dense_run_ranks_by_cosine(dataset, model, tmp_path):
@@ -96,7 +71,9 @@ def test_a_dense_run_ranks_by_cosine(dataset, model, tmp_path):
     cosines = (
         encoder.encode([query], "query", dim=16) @ encoder.encode(texts, "document", dim=16).T
     )[0]
-    lines = [line.split() for line in (tmp_path / "out/runs/tiny.trec").read_text().splitlines()]
+    lines = [
+        line.split() for line in (tmp_path / "out/facts/runs/tiny.trec").read_text().splitlines()
+    ]
     found = [(line[2], float(line[4])) for line in lines if line[0] == "q3"]
     order = np.argsort(-cosines)
     assert [id_ for id_, _ in found] == [documents[i]["_id"] for i in order]
@@ -106,7 +83,7 @@ def test_a_dense_run_ranks_by_cosine(dataset, model, tmp_path):
 def test_repeated_calls_take_the_vectors_over_at_any_width(dataset, make_model, tmp_path):
     model = make_model(5)
     evaluate(dataset, {"m": model}, out=tmp_path / "out")
-    stored = tmp_path / "out" / "vectors" / "m" / "vectors.npy"
+    stored = tmp_path / "out" / "facts" / "vectors" / "m" / "vectors.npy"
     before = stored.stat().st_mtime_ns
     first = evaluate(dataset, {"m": model}, out=tmp_path / "out", dim=8)
     assert stored.stat().st_mtime_ns == before
@@ -128,7 +105,12 @@ def test_without_out_nothing_is_kept(dataset, model, tmp_path):
 @pytest.mark.parametrize(
     ("systems", "options", "message"),
     [
-        ({"bm25": "bm25"}, {"k": 50}, r"k 50 is too short for Recall@100; the least is 100"),
+        ({"bm25": "bm25"}, {"metrics": ["nDCG10"]}, r"unknown metric 'nDCG10'"),
+        (
+            {"bm25": "bm25"},
+            {"against": "bm52"},
+            r"--against bm52: no system of that name \(did you mean 'bm25'\?\) and no run file",
+        ),
         ({"bm25": "bm25"}, {"split": "tset"}, r"no qrels split 'tset' \(did you mean 'test'\?\)"),
         ({}, {}, r"no system to evaluate; give 'bm25'"),
         ({"a/b": "bm25"}, {}, r"system name 'a/b': letters, digits"),
@@ -181,12 +163,14 @@ def test_run_files_rank_as_trec_eval_does(tmp_path):
         write_run({"q": {"a b": 1.0}}, tmp_path / "r.trec", tag="t")
 
 
-def test_bm25_on_the_demo_set(tmp_path):
+def test_bm25_on_the_demo_set(tmp_path, capsys):
     """The demo's corpus is a quarter of SciFact's, so the figure lies above the published 0.68."""
     demo = Path(__file__).parents[2] / "data" / "demo" / "scifact"
     results = evaluate(demo, {"bm25": "bm25"}, out=tmp_path)
     assert (results.num_queries, results.num_documents) == (300, 1200)
-    assert results.num_unknown_documents == 0
+    # published figures are of the whole corpus
+    assert results.datasets["scifact"].published == {}
+    assert "published figures are of 300 queries and 5,183 documents" in capsys.readouterr().err
     assert results.systems["bm25"].metrics["nDCG@10"] == pytest.approx(0.7009, abs=0.002)
 
 
@@ -201,7 +185,7 @@ def test_a_query_that_is_a_document_does_not_find_itself(dataset, model, tmp_pat
     results = evaluate(dataset, systems, out=tmp_path / "out")
     assert results.systems["bm25"].metrics["nDCG@10"] == 1.0
     for name in systems:
-        rows = (tmp_path / "out" / "runs" / f"{name}.trec").read_text().splitlines()
+        rows = (tmp_path / "out" / "facts" / "runs" / f"{name}.trec").read_text().splitlines()
         assert rows
         assert "d1" not in {row.split()[2] for row in rows}
 
@@ -210,3 +194,158 @@ def test_the_place_of_a_left_out_document_is_filled():
     run = {"d1": {"d1": 0.9, "d2": 0.5, "d3": 0.5, "d4": 0.7}, "q": {"d1": 0.1, "d2": 0.2}}
     found = {query_id: list(scores) for query_id, scores in without_queries(run, 2).items()}
     assert found == {"d1": ["d4", "d3"], "q": ["d2", "d1"]}
+
+
+# -- runs, comparisons, several datasets ----------------------------------------------------------
+
+
+@pytest.fixture
+def three(dataset: Path, tmp_path: Path) -> list[Path]:
+    """Three datasets; the later ones judge fewer queries."""
+    folders = [dataset]
+    for name, lines in (("second", 4), ("third", 2)):
+        folder = tmp_path / name
+        shutil.copytree(dataset, folder)
+        qrels = folder / "qrels" / "test.tsv"
+        qrels.write_text("".join(qrels.read_text().splitlines(keepends=True)[:lines]))
+        folders.append(folder)
+    return folders
+
+
+def test_a_run_file_scores_as_in_pytrec_eval(dataset, tmp_path):
+    """Out of order, with wrong ranks, ties, a query that is not judged and one that is missing."""
+    run = tmp_path / "given.trec"
+    run.write_text(
+        "q3 Q0 d3 1 0.5 x\nq3 Q0 d5 2 0.75 x\nq1 Q0 d7 9 1.0 x\nq1\tQ0\td1\t9\t1.0\tx\n"
+        "q4 Q0 d1 1 2.0 x\nq1 Q0 d2 1 7.5 x\n"
+    )
+    metrics = {"nDCG@10": "ndcg_cut_10", "Recall@10": "recall_10", "MAP@100": "map_cut_100"}
+    found = evaluate(dataset, {"given": run}, metrics=list(metrics), out=tmp_path / "out")
+    qrels = {"q1": {"d1": 2, "d7": 1}, "q2": {"d4": 1, "gone": 1}, "q3": {"d5": 1, "d3": 0}}
+    with run.open() as file:
+        read = pytrec_eval.parse_run(file)
+    reference = pytrec_eval.RelevanceEvaluator(qrels, set(metrics.values())).evaluate(read)
+    for metric, name in metrics.items():
+        mean = sum(reference[q][name] for q in qrels if q in reference) / 3
+        assert found.systems["given"].metrics[metric] == pytest.approx(mean)
+    assert found.systems["given"].dim is None
+    assert read_run(tmp_path / "out/facts/runs/given.trec") == read_run(run)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("q1 d1 1.0\n", r"a.trec:1: 3 columns, expected query, Q0, document"),
+        ("q1 Q0 d1 1 high x\n", r"a.trec:1: score 'high' is not a number"),
+        ("q1 Q0 d1 1 nan x\n", r"a.trec:1: the score is NaN"),
+        ("q Q0 d 1 1 x\nq Q0 d 2 0 x\n", r"a.trec:2: query 'q' has document 'd' twice"),
+        ("", r"a.trec holds no rankings"),
+    ],
+)
+def test_a_faulty_run_file(dataset, tmp_path, text, message):
+    (tmp_path / "a.trec").write_text(text)
+    with pytest.raises(UserError, match=message):
+        evaluate(dataset, {"a": tmp_path / "a.trec"})
+
+
+def test_several_datasets_have_a_mean_and_a_summary(three, model, tmp_path):
+    out = tmp_path / "out"
+    results = evaluate(three, {"bm25": "bm25", "tiny": model}, out=out)
+    assert (results.baseline, list(results.datasets)) == ("bm25", ["facts", "second", "third"])
+    for metric in results.metrics:
+        for name, system in results.systems.items():
+            each = [d.systems[name].metrics[metric] for d in results.datasets.values()]
+            assert system.metrics[metric] == pytest.approx(np.mean(each))
+    assert results.systems["bm25"].against == {}
+    mean = results.systems["tiny"].against["nDCG@10"]
+    assert mean.difference == pytest.approx(
+        results.systems["tiny"].metrics["nDCG@10"] - results.systems["bm25"].metrics["nDCG@10"]
+    )
+    assert mean.low <= mean.difference <= mean.high
+    # corrected over the datasets, not over the mean, which is one test
+    assert mean.p_holm == mean.p
+    ps = [d.systems["tiny"].against["nDCG@10"] for d in results.datasets.values()]
+    assert min(p.p_holm for p in ps) == pytest.approx(min(1.0, 3 * min(p.p for p in ps)))
+    # a query alone has both signs equally far from 0
+    assert ps[2].p == 1.0
+    text = (out / "evaluation.md").read_text()
+    for line in ("| facts | 3 | ", "| mean | 6 | ", "## third test: 1 queries, 8 documents"):
+        assert line in text
+    assert json.loads((out / "evaluation.json").read_text())["systems"]["tiny"]["dim"] == 64
+
+
+def test_against_an_earlier_run_per_dataset(three, model, make_model, tmp_path):
+    evaluate(three, {"old": model}, out=tmp_path / "old")
+    pattern = str(tmp_path / "old" / "{dataset}" / "runs" / "old.trec")
+    results = evaluate(three, {"new": make_model(3)}, against=pattern)
+    assert (list(results.systems), results.baseline) == (["new", "old"], "old")
+    assert list(results.systems["new"].against) == list(results.metrics)
+    again = evaluate(three, {"same": pattern, "old": model}, against="old")
+    same = again.systems["same"].against["nDCG@10"]
+    assert (same.difference, same.p) == (0.0, 1.0)
+    with pytest.raises(UserError, match=r"old.trec' is for one dataset, and there are 3; put {da"):
+        evaluate(three, {"old": tmp_path / "old" / "facts" / "runs" / "old.trec"})
+
+
+def test_a_repeated_call_takes_over_what_has_the_same_inputs(three, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    first = evaluate(three, {"bm25": "bm25", "tiny": model}, out=out)
+    written = (out / "evaluation.json").read_bytes()
+    capsys.readouterr()
+    assert evaluate(three, {"bm25": "bm25", "tiny": model}, out=out) == first
+    assert (out / "evaluation.json").read_bytes() == written
+    assert capsys.readouterr().err.count("as before") == 6
+    # a changed judgement, and only there
+    qrels = three[1] / "qrels" / "test.tsv"
+    qrels.write_text(qrels.read_text().replace("q1\td1\t2", "q1\td1\t1"))
+    changed = evaluate(three, {"bm25": "bm25", "tiny": model}, out=out)
+    assert capsys.readouterr().err.count("as before") == 4
+    assert changed.datasets["facts"] == first.datasets["facts"]
+    # other options
+    evaluate(three, {"bm25": "bm25", "tiny": model}, out=out, dim=8)
+    assert capsys.readouterr().err.count("as before") == 3
+    # the vectors go where that is asked for
+    assert (out / "third" / "vectors").is_dir()
+    evaluate(three, {"bm25": "bm25", "tiny": model}, out=out, drop_vectors=True)
+    assert not list(out.glob("*/vectors"))
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(three, model, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "drama.cli", "evaluate", *map(str, three),
+        "--system", "bm25", "--model", f"tiny={model}", "--out", str(out),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "facts" / "scores" / "bm25.json").is_file():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / "evaluation.json").exists()
+    scored = out / "facts" / "scores" / "bm25.json"
+    before = scored.stat().st_mtime_ns
+    systems = {"bm25": "bm25", "tiny": str(model)}
+    evaluate(three, systems, out=out)
+    assert scored.stat().st_mtime_ns == before
+    evaluate(three, systems, out=tmp_path / "undisturbed")
+    for name in ("evaluation.json", "evaluation.md", "evaluation.svg", "third/runs/tiny.trec"):
+        assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_published_figures_stand_beside_a_set_of_the_published_size(dataset, tmp_path):
+    """Of another size they are left out; the demo's SciFact is a quarter of the real one."""
+    folder = tmp_path / "scifact"
+    shutil.copytree(dataset, folder)
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.writelines(f'{{"_id": "x{i}", "text": "filler {i}"}}\n' for i in range(5175))
+    with (folder / "queries.jsonl").open("a") as file:
+        file.writelines(f'{{"_id": "r{i}", "text": "filler {i}"}}\n' for i in range(297))
+    with (folder / "qrels" / "test.tsv").open("a") as file:
+        file.writelines(f"r{i}\tx{i}\t1\n" for i in range(297))
+    results = evaluate(folder, {"bm25": "bm25", "DRAGON": "bm25"}, out=tmp_path / "out")
+    assert results.datasets["scifact"].published["nDCG@10"]["Drama 0.1B"] == 0.757
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    assert "| Drama 0.1B ‡ |  | 0.757 |" in text
+    assert "| DRAGON ‡ |  | 0.679 |" in text  # one of ours is called so
+    assert "bge-base" not in text
