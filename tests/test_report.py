@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from drama.errors import UserError
-from drama.figures import _running_mean, evaluation_bars, svg, training_figures
+from drama.figures import (
+    _running_mean,
+    evaluation_bars,
+    evaluation_figures,
+    svg,
+    training_figures,
+)
 from drama.report import write_report
 
 EVALUATION = {
@@ -255,3 +261,35 @@ def test_bad_evaluation(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         write_report(run)
     assert not (run / "report.html").exists()
+
+
+def test_several_datasets_are_a_second_figure_with_whiskers():
+    def system(value: float) -> dict:
+        return {
+            "metrics": {"nDCG@10": value, "MRR@10": 0.5},
+            "intervals": {"nDCG@10": [value - 0.1, value + 0.05], "MRR@10": [0.5, 0.5]},
+        }
+
+    values = {"de": (0.3, 0.4), "sw": (0.5, 0.8), "th": (0.1, 0.6)}
+    results = {
+        "dataset": "miracl",
+        "metrics": ["nDCG@10", "MRR@10"],
+        "systems": {"a": system(0.3), "b": system(0.6)},
+        "datasets": {
+            f"miracl-{lang}": {
+                "group": "miracl",
+                "lang": lang,
+                "systems": {"a": system(a), "b": system(b)},
+            }
+            for lang, (a, b) in values.items()
+        },
+    }
+    first, second = evaluation_figures(results)
+    assert [bar.get_height() for bar in first.axes[0].containers[0]] == [0.3, 0.5]
+    axes = second.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [*values, "mean"]
+    assert [bar.get_height() for bar in axes.containers[0]] == [0.3, 0.5, 0.1, 0.3]
+    (segments,) = (c for c in axes.collections[:1])
+    low_high = [tuple(segment[:, 1]) for segment in segments.get_segments()]
+    assert low_high[0] == pytest.approx((0.2, 0.35))
+    assert len(evaluation_figures({**results, "datasets": {}})) == 1

@@ -78,7 +78,7 @@ def evaluate(
         out: where everything is kept (see the top of the file); None keeps nothing.
         dim: cut dense vectors to this width (Matryoshka); an index must have it already.
         max_tokens: where a model folder's documents are cut; default the model's.
-        name: of the whole; default the test set's.
+        name: of the whole; default the dataset's, or that of the folder of several.
         drop_vectors: remove a set's vectors once it is scored.
         seed: of the resampling.
 
@@ -120,7 +120,7 @@ def evaluate(
             }
             if drop_vectors:
                 shutil.rmtree(home / "vectors", ignore_errors=True)
-    name = name or ", ".join(facts)
+    name = name or _common_name(found)
     results = gather(
         name,
         found,
@@ -148,6 +148,13 @@ def _found(datasets: Where | Sequence[Where], split: str | None) -> list[Dataset
     ]
     check_names(found)
     return found
+
+
+def _common_name(datasets: Sequence[Dataset]) -> str:
+    groups = {dataset.group for dataset in datasets}
+    if len(datasets) > 1 and len(groups) == 1 and groups != {""}:
+        return groups.pop()
+    return ", ".join(d.name for d in datasets[:3]) + (", ..." if len(datasets) > 3 else "")
 
 
 def _baseline(systems: dict[str, System], against: str | Path | None) -> str | None:

@@ -64,9 +64,9 @@ def _means(
     """A row a system, then what is published; header and body."""
     metrics, headline = results.metrics, results.metrics[0]
     compared = any(system.against for system in systems.values())
-    header = ("system", "dim", *metrics, f"{headline}, {results.level:.0%} interval")
+    header = ("system", "dim", *metrics, f"{results.level:.0%} interval")
     if compared:
-        header += (f"minus {results.baseline}, interval", "p, Holm")
+        header += (f"minus {results.baseline}", "p, Holm")
     best = {m: max(system.metrics[m] for system in systems.values()) for m in metrics}
     body: Rows = []
     for name, system in systems.items():
@@ -142,16 +142,18 @@ def _known(published: Published, metric: str, system: str) -> str:
 
 
 def _method(results: Results) -> str:
+    headline, across = results.metrics[0], len(results.datasets) > 1
     text = (
-        f"Rankings cut at {results.depth:,}. A judged query without results scores 0. Intervals: "
-        f"BCa bootstrap over queries, {results.draws:,} draws, stratified by dataset for means."
+        f"Rankings cut at {results.depth:,}. A judged query without results scores 0. Intervals "
+        f"of {headline}: BCa bootstrap over queries, {results.draws:,} draws"
     )
+    text += ", for means inside each dataset." if across else "."
     if results.baseline and len(results.systems) > 1:
         text += (
-            f" Differences to {results.baseline}: paired randomisation test, p values corrected by "
-            "Holm over all datasets and systems"
+            f" Differences of {headline} to {results.baseline}: their intervals, and p of the "
+            "paired randomisation test, corrected by Holm over all datasets and systems"
         )
-        text += f"; † is p < {SURE}." if len(results.datasets) > 1 else "."
+        text += f"; † is p < {SURE}." if across else "."
     shown = [results.published, *(found.published for found in results.datasets.values())]
     if any(shown):
         text += f"{PUBLISHED} published: docs/results/published.csv, with their sources."
