@@ -164,7 +164,7 @@ def lengths_histogram(counts: Mapping[int, int], x_label: str, y_label: str) -> 
     with matplotlib.rc_context(STYLE):
         figure, axes = _small_axes(x_label, y_label)
         heights_N = np.array([counts.get(end, 0) for end in ends])
-        _bars(axes, np.arange(len(ends)) + 0.5, heights_N, 0.94)
+        _counted_bars(axes, np.arange(len(ends)) + 0.5, heights_N, 0.94)
         axes.set_xlim(-0.05, len(ends) + 0.05)
         axes.set_xticks(range(len(ends) + 1), [f"{end:,}" for end in (ends[0] // 2, *ends)])
     return figure
@@ -186,7 +186,7 @@ def numbers_histogram(
         label = x_label + (f", {size} a bar" if size > 1 else "")
         figure, axes = _small_axes(label, y_label)
         middles_N = low + size * np.arange(len(heights_N)) + (size - 1) / 2
-        _bars(axes, middles_N, heights_N, 0.88 * size)
+        _counted_bars(axes, middles_N, heights_N, 0.88 * size)
         right = low + size * max(len(heights_N), MIN_BARS) - 0.5
         if beyond is not None:
             name, count = beyond
@@ -210,7 +210,7 @@ def _small_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _bars(axes: Axes, places_N: np.ndarray, heights_N: np.ndarray, width: float) -> None:
+def _counted_bars(axes: Axes, places_N: np.ndarray, heights_N: np.ndarray, width: float) -> None:
     bars = axes.bar(places_N, heights_N, width, color=COLOURS[0])
     if len(heights_N) <= LABELLED_BARS:
         labels = [f"{height:,}" if height else "" for height in heights_N.tolist()]
