@@ -109,6 +109,11 @@ class _Written:
     query: bytes
 
 
+def available_cores() -> int:
+    """Of this machine those that the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
 def shard_sources(
     sources: Sequence[Source], out: str | Path, options: ShardingOptions, *, workers: int = 1
 ) -> Outcome:

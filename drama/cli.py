@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from drama import cli_augment, cli_augment_llm, cli_data, cli_evaluate
+from drama import cli_augment, cli_augment_llm, cli_augment_run, cli_data, cli_evaluate
 from drama.console import console, quiet_libraries
 from drama.errors import UserError, exit_on_user_error
 
@@ -54,7 +54,7 @@ def main() -> None:
     """Train small dense retrievers (0.1B-1B) from large language models."""
 
 
-for command in cli_augment_llm.COMMANDS:
+for command in (*cli_augment_llm.COMMANDS, *cli_augment_run.COMMANDS):
     cli_augment.augment.add_command(command)
 for command in (*cli_data.COMMANDS, *cli_augment.COMMANDS, *cli_evaluate.COMMANDS):
     main.add_command(command)

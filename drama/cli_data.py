@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,6 @@ from drama.console import console
 from drama.errors import UserError
 
 FOLDER = click.Path(path_type=Path)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 @click.command()
@@ -89,7 +84,7 @@ def shard(
     drama shard web=dump.parquet book.txt.gz --out shards/texts
     drama shard packages.jsonl --text description --out shards/packages
     """
-    from drama.data.sharding import ShardingOptions, shard_sources
+    from drama.data.sharding import ShardingOptions, available_cores, shard_sources
     from drama.data.sources import Source
 
     given = click.get_current_context().get_parameter_source
@@ -106,7 +101,7 @@ def shard(
             decontaminate=tuple(options.pop("decontaminate")),
             **options,
         ),
-        workers=workers or _cores(),
+        workers=workers or available_cores(),
     )
     manifest = outcome.manifest
     counts = manifest.counts("source").items()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -180,17 +180,24 @@ def check_same_run(stored: Settings, now: Settings, free: Mapping[str, set[str]]
     Raises:
         UserError: another key does.
     """
-    before, after = stored.model_dump(mode="json"), now.model_dump(mode="json")
-    for section, values in after.items():
-        pairs = values.items() if isinstance(values, dict) else [("", values)]
-        for key, value in pairs:
-            old = before[section][key] if key else before[section]
-            if old != value and key not in free.get(section, set()):
-                name = f"{section}.{key}".rstrip(".")
-                raise UserError(
-                    f"{now.output} holds a run with {name} = {old}, the recipe says {value}; "
-                    "give another output, or remove that folder"
-                )
+    before, after = _leaves(stored.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
+    for name in {**after, **before}:
+        old, value = before.get(name), after.get(name)
+        section, key = (*name.split("."), "")[:2]
+        if old != value and key not in free.get(section, set()):
+            raise UserError(
+                f"{now.output} holds a run with {name} = {old}, the recipe says {value}; "
+                "give another output, or remove that folder"
+            )
+
+
+def _leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of a tree by their dotted names; an empty section has none."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        dotted = f"{above}{name}"
+        leaves |= _leaves(value, f"{dotted}.") if isinstance(value, dict) else {dotted: value}
+    return leaves
 
 
 def _deepspeed_path(name: str) -> Path:
@@ -240,5 +247,9 @@ def _first_fault(root: type[BaseModel], error: ValidationError) -> str:
 def _known_keys(root: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     model: Any = root
     for part in location:
-        model = model.model_fields[part].annotation
+        fields = getattr(model, "model_fields", None)
+        # of a list or a mapping its entries
+        model = fields[part].annotation if fields is not None else get_args(model)[-1]
+        if type(None) in get_args(model):
+            model = get_args(model)[0]
     return list(model.model_fields)

@@ -8,11 +8,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from drama.augment.recipe import AugmentRecipe
 from drama.errors import UserError
 from drama.prune.recipe import PruneRecipe
 from drama.prune.recovery_recipe import RecoveryRecipe
 from drama.recipe import Recipe
-from drama.settings import DS_CONFIGS
+from drama.settings import DS_CONFIGS, check_same_run
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL: dict[str, Any] = {
@@ -69,6 +70,7 @@ def test_a_saved_recipe_reads_back_equal_with_every_default_spelled_out(
 @pytest.mark.parametrize("shipped", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_recipe_loads(shipped: Path) -> None:
     kinds: dict[str, tuple[Any, str]] = {
+        "augment-drama": (AugmentRecipe, ""),
         "prune-learned": (PruneRecipe, "batch_rows"),
         "prune-iterated": (RecoveryRecipe, "batch_texts"),
         "recover": (RecoveryRecipe, "batch_texts"),
@@ -76,6 +78,8 @@ def test_every_shipped_recipe_loads(shipped: Path) -> None:
     kind, size = kinds.get(shipped.stem, (Recipe, "batch_size"))
     recipe = kind.load(shipped)
     assert recipe.name == shipped.stem
+    if not size:  # nothing is trained
+        return
     batch = recipe.deepspeed_config(world_size=8)["train_batch_size"]
     assert batch == getattr(recipe.train, size)
 
@@ -388,6 +392,40 @@ def test_a_bare_on_or_off_is_that_word(tmp_path, word):
     path.write_text(yaml.safe_dump({**tree, "train": {"steps": 1}}) + f"step:\n  liger: {word}\n")
     assert Recipe.load(path).step.liger == word
     assert Recipe.load(path, [f"step.liger={word}"]).step.liger == word
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rounds.cutz=1", "unknown key rounds.cutz (did you mean 'cuts'?)"),
+        ("rounds.cuts=[{to: 0.1b, step: 3}]", "unknown key rounds.cuts.0.step (did you mean 'step"),
+        ("rounds={calibration: c, cuts: []}", "rounds.cuts: "),
+    ],
+)
+def test_keys_of_optional_sections_and_of_lists_are_known(override: str, said: str) -> None:
+    shipped = ROOT / "recipes" / "prune-iterated.yaml"
+    with pytest.raises(UserError) as caught:
+        RecoveryRecipe.load(shipped, [override])
+    assert str(caught.value).startswith(f"recipe {shipped}: {said}")
+
+
+def test_another_run_is_told_by_the_key_however_deep(tmp_path: Path) -> None:
+    def recipe(**rope: Any) -> Recipe:
+        model = {"path": "backbone", "rope": rope}
+        return Recipe.from_tree({**MINIMAL, "output": str(tmp_path), "model": model})
+
+    check_same_run(recipe(factor=2), recipe(factor=2), {})
+    with pytest.raises(UserError, match=r"holds a run with model\.rope\.factor = 2\.0, the rec"):
+        check_same_run(recipe(factor=2), recipe(factor=4), {})
+    check_same_run(recipe(factor=2), recipe(factor=4), {"model": {"rope"}})
+    weighted = Recipe.from_tree(
+        {**MINIMAL, "output": str(tmp_path), "data": {"shards": ["shards/a", "shards/b"],
+                                                      "weights": {"a": 2}}}
+    )  # fmt: skip
+    plain = Recipe.from_tree({**MINIMAL, "output": str(tmp_path)})
+    for before, now in ((weighted, plain), (plain, weighted)):
+        with pytest.raises(UserError, match=r"data\.weights\.a = "):
+            check_same_run(before, now, {})
 
 
 def test_a_learned_temperature_begins_where_it_is_kept(path: Path) -> None:

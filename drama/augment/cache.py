@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,19 @@ CREATE TABLE refusals (
     model TEXT NOT NULL, date TEXT NOT NULL
 );
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """How many answers a cache holds, and the tokens that they took."""
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
 
 
 class Cache:
@@ -86,6 +100,13 @@ class Cache:
         row = self._row("SELECT count(*) FROM answers")
         assert row
         return int(row[0])
+
+    def totals(self) -> Totals:
+        """Of all answers; the file is read through for it."""
+        sums = "total(prompt_tokens), total(completion_tokens)"
+        row = self._row(f"SELECT count(*), {sums} FROM answers")
+        assert row
+        return Totals(*(int(value) for value in row))
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, field
+from itertools import compress, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +49,44 @@ class CorpusDocument:
     document: Document
     lang: str
     source: str
+
+
+@dataclass(frozen=True)
+class Draw:
+    """So many documents, at random and without repeats; which depends on the seed and on how many
+    there are."""
+
+    number: int
+    seed: int = 0
+
+    def check(self, total: int, where: str) -> None:
+        """Refuse to draw more than there are.
+
+        Raises:
+            UserError: with how many there are.
+        """
+        if self.number > total:
+            raise UserError(
+                f"{where}: {self.number:,} documents are to be drawn, but there are {total:,}; "
+                f"draw {total:,} at most"
+            )
+
+    def of(self, total: int) -> Iterator[bool]:
+        """Whether each of so many is drawn, in a stream: Knuth, "The Art of Computer Programming",
+        volume 2, section 3.4.2, algorithm S."""
+        draw, missing = random.Random(self.seed), self.number
+        for left in range(total, 0, -1):
+            taken = draw.random() * left < missing
+            missing -= taken
+            yield taken
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How many documents some sources hold, and a few of them, drawn at random."""
+
+    total: int
+    sample: list[Document] = field(default_factory=list)
 
 
 class Corpus:
@@ -100,14 +140,46 @@ class Corpus:
             yield batch
 
 
-def inputs_sha256(sources: Sequence[Source], text_column: str | None = None) -> str:
+def inputs_sha256(
+    sources: Sequence[Source], text_column: str | None = None, draw: Draw | None = None
+) -> str:
     """Changes with what is read from these sources, as far as files on this disk tell."""
-    parts = [[asdict(source), text_column, stamp(source.path)] for source in sources]
+    parts: list[Any] = [[asdict(source), text_column, stamp(source.path)] for source in sources]
+    parts += [asdict(draw)] if draw else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def survey(
+    sources: Sequence[Source], text_column: str | None = None, *, sample: int = 0, seed: int = 0
+) -> Survey:
+    """Read sources through without keeping them. sample: documents to draw, fewer where there are.
+
+    Raises:
+        UserError: as `write_corpus`.
+    """
+    draw, total, kept = random.Random(seed), 0, list[Document]()
+    with progress() as bar:
+        task = bar.add_task("counting", total=None, note="")
+        for record, _ in _documents(sources, text_column, Counter()):
+            # reservoir sampling, algorithm R (Vitter 1985)
+            place = total if total < sample else draw.randrange(total + 1) if sample else 0
+            if place < sample:
+                kept[place : place + 1] = record.positives
+            total += 1
+            if total % SHOW_EVERY == 0:
+                bar.update(task, completed=total, note=record.source)
+        bar.update(task, completed=total, total=total)
+    if not total:
+        raise _no_documents(sources)
+    return Survey(total, kept)
+
+
 def write_corpus(
-    sources: Sequence[Source], folder: str | Path, *, text_column: str | None = None
+    sources: Sequence[Source],
+    folder: str | Path,
+    *,
+    text_column: str | None = None,
+    draw: Draw | None = None,
 ) -> Corpus:
     """Read sources into a corpus folder, or open the one that was made from them before.
 
@@ -117,13 +189,14 @@ def write_corpus(
 
     Args:
         text_column: the text of every row stands in this column.
+        draw: take these documents only; the sources are read twice.
 
     Raises:
-        UserError: a row that is no document (its file and line), no documents at all, or a folder
-            that holds the corpus of other sources.
+        UserError: a row that is no document (its file and line), no documents at all, fewer than
+            are to be drawn, or a folder that holds the corpus of other sources.
     """
     folder = Path(folder)
-    inputs = inputs_sha256(sources, text_column)
+    inputs = inputs_sha256(sources, text_column, draw)
     if (folder / ABOUT).is_file():
         corpus = Corpus(folder)
         if corpus.inputs != inputs:
@@ -133,7 +206,7 @@ def write_corpus(
             )
         return corpus
     with replacing_folder(folder) as target:
-        _write(sources, target, text_column, inputs)
+        _write(sources, target, text_column, inputs, draw)
     return Corpus(folder)
 
 
@@ -156,8 +229,19 @@ def read_records(
         yield where, record
 
 
-def _write(sources: Sequence[Source], folder: Path, text_column: str | None, inputs: str) -> None:
+def _write(
+    sources: Sequence[Source],
+    folder: Path,
+    text_column: str | None,
+    inputs: str,
+    draw: Draw | None,
+) -> None:
     left_out: Counter[str] = Counter()
+    documents = _documents(sources, text_column, left_out)
+    if draw is not None:
+        total = survey(sources, text_column).total
+        draw.check(total, _paths(sources))
+        documents = compress(documents, draw.of(total))
     digest, end, count = hashlib.sha256(), 0, 0
     with (
         (folder / DOCUMENTS).open("wb") as lines,
@@ -167,7 +251,7 @@ def _write(sources: Sequence[Source], folder: Path, text_column: str | None, inp
     ):
         task = bar.add_task("corpus", total=None, note="")
         offsets.write(end.to_bytes(8, "little"))
-        for record, content in _documents(sources, text_column, left_out):
+        for record, content in documents:
             line = json.dumps(record.to_json(), ensure_ascii=False).encode() + b"\n"
             lines.write(line)
             digest.update(line)
@@ -182,8 +266,7 @@ def _write(sources: Sequence[Source], folder: Path, text_column: str | None, inp
             file.flush()
             os.fsync(file.fileno())
     if not count:
-        paths = ", ".join(source.path for source in sources)
-        raise UserError(f"{paths}: no documents to read, or empty ones only")
+        raise _no_documents(sources)
     for reason, number in left_out.items():
         console.print(
             f"corpus: {number:,} rows left out, {reason}",
@@ -200,6 +283,14 @@ def _write(sources: Sequence[Source], folder: Path, text_column: str | None, inp
         "inputs_sha256": inputs,
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _paths(sources: Sequence[Source]) -> str:
+    return ", ".join(source.path for source in sources)
+
+
+def _no_documents(sources: Sequence[Source]) -> UserError:
+    return UserError(f"{_paths(sources)}: no documents to read, or empty ones only")
 
 
 def _documents(

@@ -125,6 +125,27 @@ class Endpoint:
         except (aiohttp.ClientError, OSError):  # TimeoutError among them
             return False
 
+    async def models(self) -> list[str]:
+        """The names that the server lists, which costs nothing; some list none.
+
+        Raises:
+            UserError: nobody answers, or the key is not taken.
+        """
+        timeout = aiohttp.ClientTimeout(total=ALIVE_S)
+        try:
+            async with self._session.get(f"{self.base_url}/models", timeout=timeout) as response:
+                status, content = response.status, await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            reason = str(error) or f"no answer within {ALIVE_S:g} s"
+            raise UserError(f"{self.base_url} cannot be reached ({reason})") from None
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in (401, 402, 403):
+            self._fault(status, self._words(content), 0.0)
+            raise UserError(f"{self.base_url}: HTTP {status}: {self._words(content)}")
+        try:
+            return [str(model["id"]) for model in json.loads(content)["data"]]
+        except (ValueError, RecursionError, KeyError, TypeError):
+            return []
+
     def _answer(self, content: bytes, prompt: str) -> Answer | Trouble:
         try:
             body = json.loads(content)

@@ -286,6 +286,25 @@ class Job:
         os.replace(whole, self.out)
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a job has come: whether it is done, records kept, and what was asked of a language
+    model for them (`calls`, `prompt tokens`, `completion tokens`)."""
+
+    is_done: bool
+    records: int
+    llm: Mapping[str, int]
+
+    @classmethod
+    def of(cls, out: Path) -> Standing:
+        """What the files beside an output say, as they are."""
+        if out.exists():
+            told = _read(report_paths(out)[0])
+            return cls(True, told.get("records", 0), told.get("llm", {}))
+        tally = _read(out.with_name(f".{out.name}.partial") / JOURNAL).get("tally", {})
+        return cls(False, tally.get("records", 0), tally.get("counts", {}).get("llm", {}))
+
+
 class _Live:
     """A note that is written anew whenever the bar is drawn, for steps may be minutes apart."""
 

@@ -10,6 +10,7 @@ B queries, N documents, K results, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import faiss
 import numpy as np
 
-from drama.augment.corpus import Corpus, inputs_sha256, write_corpus
+from drama.augment.corpus import Corpus, Draw, inputs_sha256, write_corpus
 from drama.console import console
 from drama.data.sources import Source
 from drama.errors import UserError
@@ -41,6 +42,7 @@ class Retrieval:
     model: a folder of ours or any that sentence-transformers loads.
     work: the folder for corpus and vectors; jobs on the same corpus should share it.
     search: flat is exact; hnsw is approximate, for corpora of many millions on a CPU.
+    draw: which part of the sources is the corpus; None: all of them.
     """
 
     sources: tuple[Source, ...]
@@ -48,6 +50,7 @@ class Retrieval:
     work: Path
     text_column: str | None = None
     search: Search = "flat"
+    draw: Draw | None = None
 
     @cached_property
     def model_sha256(self) -> str:
@@ -62,11 +65,20 @@ class Retrieval:
         """Plain values that change whenever a ranking may."""
         return {
             "corpus": [source.path for source in self.sources],
-            "corpus_files": inputs_sha256(self.sources, self.text_column),
+            "corpus_files": inputs_sha256(self.sources, self.text_column, self.draw),
             "teacher": str(Path(self.model).resolve()),
             "teacher_sha256": self.model_sha256,
             "search": self.search,
         }
+
+    def read(self) -> Corpus:
+        """Read the corpus, without a teacher, as far as that was not done before.
+
+        Raises:
+            UserError: from `write_corpus`, or another job is at it.
+        """
+        with self._locked():
+            return self._corpus()
 
     def open(self) -> tuple[Corpus, Teacher]:
         """Read and encode the corpus, as far as that was not done before.
@@ -75,12 +87,19 @@ class Retrieval:
             UserError: from `write_corpus` and `Teacher`, or another job is at it.
         """
         sha256, encode = self.model_sha256, load_teacher(self.model)  # before hours of reading
-        self.work.mkdir(parents=True, exist_ok=True)
-        with locked(self.work / ".lock"):
-            corpus = write_corpus(self.sources, self.work / "corpus", text_column=self.text_column)
+        with self._locked():
+            corpus = self._corpus()
             folder = self.work / f"vectors-{sha256[:12]}"
             teacher = Teacher(encode, Path(self.model).name, sha256, corpus, folder, self.search)
         return corpus, teacher
+
+    def _locked(self) -> AbstractContextManager[None]:
+        self.work.mkdir(parents=True, exist_ok=True)
+        return locked(self.work / ".lock")
+
+    def _corpus(self) -> Corpus:
+        folder = self.work / "corpus"
+        return write_corpus(self.sources, folder, text_column=self.text_column, draw=self.draw)
 
 
 class Teacher:

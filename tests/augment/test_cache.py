@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from drama.augment.cache import Cache
+from drama.augment.cache import Cache, Totals
 from drama.augment.chat import Answer, Refusal
 from drama.errors import UserError
 
@@ -33,7 +33,11 @@ def test_what_is_put_in_comes_out(tmp_path: Path) -> None:
     assert cache.get(OTHER) is None
     assert cache.refusal(KEY) is None
     assert len(cache) == 1
+    cache.put(OTHER, Answer("", 10, 20, "stop"), "tiny")
+    assert cache.totals() == Totals(2, 17, 23)
+    assert cache.totals().tokens == 40
     cache.close()
+    assert Cache(tmp_path / "empty.sqlite").totals() == Totals()
     row = sqlite3.connect(path).execute("SELECT model, date FROM answers").fetchone()
     assert row[0] == "tiny"
     assert row[1].endswith("+00:00")
@@ -51,7 +55,7 @@ def test_the_first_answer_stays(tmp_path: Path) -> None:
 
 WRITER = """
 import itertools, sys
-from drama.augment.cache import Cache
+from drama.augment.cache import Cache, Totals
 from drama.augment.chat import Answer
 
 cache = Cache(sys.argv[1])

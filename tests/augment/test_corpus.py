@@ -4,12 +4,13 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from drama.augment import corpus as module
-from drama.augment.corpus import content_number, write_corpus
+from drama.augment.corpus import Draw, Survey, content_number, survey, write_corpus
 from drama.data.beir import read_corpus
 from drama.data.records import Document, Record
 from drama.data.sources import Source
@@ -138,3 +139,44 @@ def test_faults_name_file_and_line(tmp_path):
 def test_one_content_for_copies_only():
     assert content_number(Document("A  b", "T")) == content_number(Document("a b", "t", "other"))
     assert content_number(Document("a b")) != content_number(Document("a c"))
+
+
+def test_a_draw_takes_so_many_at_random_and_the_same_again(tmp_path):
+    source = write(tmp_path / "x.jsonl", [{"text": f"document {n}"} for n in range(300)])
+    corpus = make(tmp_path / "a", source, draw=Draw(70, 3))
+    found = [int(item.document.text.split()[1]) for item in corpus.read()]
+    assert len(found) == len(corpus) == 70
+    assert found == sorted(set(found))
+    again = make(tmp_path / "b", source, draw=Draw(70, 3))
+    assert again.sha256 == corpus.sha256
+    assert make(tmp_path / "c", source, draw=Draw(70, 4)).sha256 != corpus.sha256
+    assert (
+        make(tmp_path / "d", source, draw=Draw(300)).sha256 == make(tmp_path / "e", source).sha256
+    )
+    with pytest.raises(UserError, match="a holds the corpus of other sources"):
+        make(tmp_path / "a", source)
+    with pytest.raises(UserError, match=r"x\.jsonl: 301 documents .* are 300; draw 300 at most"):
+        make(tmp_path / "f", source, draw=Draw(301))
+    assert not (tmp_path / "f").exists()
+
+
+def test_every_document_is_as_likely_to_be_drawn():
+    counts = np.zeros(12)
+    for seed in range(6000):
+        counts += list(Draw(5, seed).of(12))
+    assert counts.sum() == 5 * 6000
+    # a binomial share of 5/12: four standard deviations
+    assert np.abs(counts / 6000 - 5 / 12).max() < 4 * (5 / 12 * 7 / 12 / 6000) ** 0.5
+
+
+def test_a_survey_counts_and_samples_without_writing(tmp_path):
+    source = [Source.parse(write(tmp_path / "x.jsonl", [{"text": f"{n}"} for n in range(40)]))]
+    assert survey(source) == Survey(40)
+    assert sorted(int(d.text) for d in survey(source, sample=50).sample) == list(range(40))
+    counts = np.zeros(40)
+    for seed in range(400):
+        found = survey(source, sample=10, seed=seed).sample
+        assert len(found) == 10
+        counts[[int(document.text) for document in found]] += 1
+    assert np.abs(counts / 400 - 0.25).max() < 4.5 * (0.25 * 0.75 / 400) ** 0.5
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
