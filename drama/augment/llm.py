@@ -31,6 +31,7 @@ from drama.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
+READ = 2  # rows that `stream` has in hand for each request that may be in flight
 FAILED_IN_A_ROW = 16  # requests given up without an answer in between: it is the server after all
 RESERVED = (
     "model", "messages", "max_tokens", "temperature", "top_p", "seed", "response_format", "n",
@@ -163,7 +164,8 @@ class LLM:
         self, requests: Iterable[tuple[T, Request]]
     ) -> AsyncIterator[tuple[T, Answer | Refusal]]:
         """Yield (tag, outcome) as they come, in no order. `requests` is read as places get free, so
-        it may be endless. Use `contextlib.aclosing` if you may leave before the end.
+        it may be endless; a few wait in hand, for a place that is free to be taken at once. Use
+        `contextlib.aclosing` if you may leave before the end.
 
         Raises (after all that was on its way has been yielded, and is in the cache):
             IncompleteError: some have no answer; see `usage.unanswered`.
@@ -176,7 +178,7 @@ class LLM:
         more = True
         try:
             while True:
-                while more and len(tags) < self.limits.concurrency:
+                while more and len(tags) < READ * self.limits.concurrency:
                     try:
                         tag, request = next(rows)
                     except StopIteration:
