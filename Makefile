@@ -36,13 +36,14 @@ test: setup  ## the tests, without the slow ones
 test-all: setup  ## every test
 	$(TESTS)
 
-bench: setup  ## time loss, step, data, pruning and recovery beside their peers here: some hours on two cores
+bench: setup  ## time loss, step, data, pruning, recovery, augmentation here: some hours on two cores
 	$(BIN)/python launchers/bench_kernels.py
 	$(BIN)/python launchers/bench_throughput.py --memory
 	$(BIN)/python launchers/bench_throughput.py
 	$(BIN)/python launchers/bench_data.py
 	$(BIN)/python launchers/bench_pruning.py --rows 2
 	$(BIN)/python launchers/bench_recovery.py
+	$(BIN)/python launchers/bench_augmentation.py
 
 check: setup  ## linter, formatter and types
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -162,7 +162,7 @@ class LLM:
 
     async def stream(
         self, requests: Iterable[tuple[T, Request]]
-    ) -> AsyncIterator[tuple[T, Answer | Refusal]]:
+    ) -> AsyncGenerator[tuple[T, Answer | Refusal], None]:
         """Yield (tag, outcome) as they come, in no order. `requests` is read as places get free, so
         it may be endless; a few wait in hand, for a place that is free to be taken at once. Use
         `contextlib.aclosing` if you may leave before the end.
