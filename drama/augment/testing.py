@@ -1,5 +1,6 @@
 """For tests: a chat server, real HTTP on a free port, that counts what reaches it and fails on
-demand; the answers of a pretended model; batch runs without vLLM; commands that are killed."""
+demand; the answers of a pretended model; batch runs without vLLM; a caller of the client; commands
+that are killed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,10 @@ from typing import Any, Self
 from aiohttp import web
 
 from drama.augment.cache import Cache
+from drama.augment.chat import Answer, Refusal, Request
+from drama.augment.llm import LLM
+from drama.augment.patience import Limits
+from drama.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -33,24 +38,21 @@ class Call:
     request: web.Request
 
 
+QUICK: dict[str, Any] = {
+    "concurrency": 4, "timeout_s": 20.0, "patience_s": 20.0, "first_pause_s": 0.001,
+    "max_pause_s": 0.01,
+}  # fmt: skip
 Behave = Callable[[Call], Awaitable[web.StreamResponse | str | None]]
 
 
-class ChatServer:
-    """Runs in a thread; a context manager. Answers "echo: PROMPT" at 10 tokens in all, unless
-    `behave` returns another response, or a str for another text.
+class HttpServer:
+    """An aiohttp server in a thread, on a free port; a context manager. Kinds add `routes`."""
 
-    paid: by prompt, how often an answer was written for a client that was still there.
-    """
-
-    def __init__(self, behave: Behave | None = None, usage: bool = True) -> None:
-        self.behave, self.usage = behave, usage
-        self.calls: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.seen: Counter[str] = Counter()
-        self.paid: Counter[str] = Counter()
-        self.in_flight = self.most_in_flight = 0
+    def __init__(self) -> None:
         self._port = 0
+
+    def routes(self) -> list[web.RouteDef]:
+        raise NotImplementedError
 
     @property
     def url(self) -> str:
@@ -76,17 +78,39 @@ class ChatServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self.in_flight = 0
 
     async def _listen(self) -> None:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", self._chat)
-        app.router.add_get("/v1/models", self._models)
+        app = web.Application(client_max_size=2**24)
+        app.add_routes(self.routes())
         self._runner = web.AppRunner(app, shutdown_timeout=0.01, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
         await site.start()
         self._port = self._runner.addresses[0][1]
+
+
+class ChatServer(HttpServer):
+    """Answers "echo: PROMPT" at 10 tokens in all, unless `behave` returns another response, or a
+    str for another text.
+
+    paid: by prompt, how often an answer was written for a client that was still there.
+    """
+
+    def __init__(self, behave: Behave | None = None, usage: bool = True) -> None:
+        super().__init__()
+        self.behave, self.usage = behave, usage
+        self.calls: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.seen: Counter[str] = Counter()
+        self.paid: Counter[str] = Counter()
+        self.in_flight = self.most_in_flight = 0
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.post("/v1/chat/completions", self._chat), web.get("/v1/models", self._models)]
+
+    def stop(self) -> None:
+        super().stop()
+        self.in_flight = 0
 
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": []})
@@ -207,13 +231,71 @@ def killed(folder: Path, module: str, size: str, out: Path, *arguments: object) 
         "job.JOURNAL_EVERY_S = 0.0\n"
         "main(sys.argv[1:])\n"
     )
-    command = [sys.executable, "-P", str(driver), *map(str, arguments), "--out", str(out)]
+    journal = out.with_name(f".{out.name}.partial") / "journal.json"
+    kill_once(journal.exists, "-P", driver, *arguments, "--out", out)
+    return int(json.loads(journal.read_text())["start"])
+
+
+def kill_once(ready: Callable[[], bool], *arguments: object) -> None:
+    """Run Python with these arguments and `kill -9` it as soon as it is `ready`."""
+    command = [sys.executable, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    journal = out.with_name(f".{out.name}.partial") / "journal.json"
-    end = time.monotonic() + 120
-    while not journal.exists() and process.poll() is None and time.monotonic() < end:
+    end = time.monotonic() + 300
+    while not ready() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, "the job ended before it could be killed"
-    return int(json.loads(journal.read_text())["start"])
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+
+
+def ask_for(prompt: str, **values: Any) -> Request:
+    """A request of one message."""
+    return Request(({"role": "user", "content": prompt},), max_tokens=16, **values)
+
+
+def prompts(count: int) -> list[str]:
+    """So many texts."""
+    return [f"prompt {number}" for number in range(count)]
+
+
+class Caller:
+    """Streams prompts through a client of its own, a quick one, and keeps all that comes back."""
+
+    def __init__(self, server: str, cache: Path, **values: Any) -> None:
+        limits = {name: values.pop(name) for name in list(values) if hasattr(Limits, name)}
+        self.llm = LLM(server, "tiny", cache, limits=Limits(**(QUICK | limits)), **values)
+        self.usage = self.llm.usage
+        self.got: dict[str, Answer | Refusal] = {}
+        self.error: Exception | None = None
+
+    def run(self, texts: Iterable[str], **values: Any) -> Self:
+        """Ask for all; an error of ours is kept in `error`."""
+
+        async def stream() -> None:
+            async with self.llm:
+                pairs = ((text, ask_for(text, **values)) for text in texts)
+                async for text, outcome in self.llm.stream(pairs):
+                    self.got[text] = outcome
+
+        try:
+            asyncio.run(stream())
+        except UserError as error:
+            self.error = error
+        return self
+
+    @property
+    def texts(self) -> dict[str, str]:
+        return {k: got.text for k, got in self.got.items() if isinstance(got, Answer)}
+
+
+def echoes(texts: Iterable[str]) -> dict[str, str]:
+    """What `ChatServer` answers to them."""
+    return {text: f"echo: {text}" for text in texts}
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Wait for what another thread or process brings about, for a minute at most."""
+    last = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < last
+        time.sleep(0.005)

@@ -5,13 +5,50 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from drama.augment.testing import served
+from drama.cli import main
 from drama.data.lines import read_objects
 from drama.testing import tiny_llama
 
 SCIFACT = Path(__file__).parents[2] / "data" / "demo" / "scifact"
 DOCUMENTS = 60
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def drama():
+    """Runs a command of ours in this process."""
+    return run
+
+
+@pytest.fixture(scope="session")
+def said():
+    """What a command that ends well writes for people, on one line."""
+
+    def call(*arguments):
+        result = run(*arguments)
+        assert result.exit_code == 0, (result.stderr, result.exception)
+        return " ".join(result.stderr.split())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def refused():
+    """The one line of an error, of a command that ends with exit code 2."""
+
+    def call(*arguments):
+        result = run(*arguments)
+        assert result.exit_code == 2, (result.stderr, result.exception)
+        assert "Traceback" not in result.stderr
+        return result.stderr.splitlines()[-1]
+
+    return call
 
 
 @pytest.fixture
@@ -46,3 +83,37 @@ def llm_world(tmp_path_factory):
         pair["scores"] = {document["id"]: 0.5 for document in documents}
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return folder
+
+
+@pytest.fixture
+def commands(commands_in, tmp_path):
+    return commands_in(tmp_path)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Where a client keeps its answers."""
+    return tmp_path / "answers.sqlite"
+
+
+@pytest.fixture(scope="session")
+def commands_in(llm_world):
+    """The arguments of each kind but for the server, for a folder that shall have the outputs."""
+
+    def arguments(folder):
+        teacher = ("--teacher", llm_world / "model", "--work", folder / "work")
+        ranks = ("--depth", 20, "--positives", "1-3", "--negatives", "10-20")
+        corpus = llm_world / "c.jsonl"
+        queries = folder / "queries.jsonl.gz"
+        reranked = folder / "rerank.jsonl.zst"
+        triplets = folder / "triplets.jsonl"
+        relabelled = folder / "relabel.jsonl.xz"
+        given = {
+            "queries": (f"sci={corpus}", *teacher, *ranks, "--out", queries),
+            "rerank": (queries, "--corpus", f"sci={corpus}", *teacher, "--out", reranked),
+            "triplets": ("--number", 30, "--languages", "en", "--out", triplets),
+            "relabel": (llm_world / "pairs.jsonl", "--out", relabelled, "--found", "drop"),
+        }
+        return {kind: ("augment", kind, *rest, "--model", "tiny") for kind, rest in given.items()}
+
+    return arguments

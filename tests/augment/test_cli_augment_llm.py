@@ -2,68 +2,22 @@
 input."""
 
 import json
-import shutil
-import socket
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from drama.augment.testing import answer_batch
-from drama.cli import main
 from drama.data.sources import read_source
 from drama.data.stream import open_pairs
-from drama.demo import find_llm
-from drama.errors import UserError
 
 KINDS = ("queries", "rerank", "triplets", "relabel")
-
-
-def drama(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def said(*arguments):
-    result = drama(*arguments)
-    assert result.exit_code == 0, (result.stderr, result.exception)
-    return " ".join(result.stderr.split())
-
-
-def refused(*arguments):
-    """The one line of an error, of a command that ends with exit code 2."""
-    result = drama(*arguments)
-    assert result.exit_code == 2, (result.stderr, result.exception)
-    assert "Traceback" not in result.stderr
-    return result.stderr.splitlines()[-1]
-
-
-@pytest.fixture
-def commands(llm_world, tmp_path):
-    """The arguments of each kind but for the server."""
-    teacher = ("--teacher", llm_world / "model", "--work", tmp_path / "work")
-    ranks = ("--depth", 20, "--positives", "1-3", "--negatives", "10-20")
-    corpus = llm_world / "c.jsonl"
-    queries = tmp_path / "queries.jsonl.gz"
-    reranked = tmp_path / "rerank.jsonl.zst"
-    triplets = tmp_path / "triplets.jsonl"
-    relabelled = tmp_path / "relabel.jsonl.xz"
-    given = {
-        "queries": (f"sci={corpus}", *teacher, *ranks, "--out", queries),
-        "rerank": (queries, "--corpus", f"sci={corpus}", *teacher, "--out", reranked),
-        "triplets": ("--number", 30, "--languages", "en", "--out", triplets),
-        "relabel": (llm_world / "pairs.jsonl", "--out", relabelled, "--found", "drop"),
-    }
-    return {kind: ("augment", kind, *rest, "--model", "tiny") for kind, rest in given.items()}
 
 
 def out_of(command):
     return Path(command[command.index("--out") + 1])
 
 
-def test_all_four_kinds_from_text_to_shards(commands, server, tmp_path):
+def test_all_four_kinds_from_text_to_shards(commands, server, tmp_path, said):
     text = {kind: said(*commands[kind], "--base-url", server.url) for kind in KINDS}
     assert "queries.jsonl.gz: 60 records of 60 documents" in text["queries"]
     assert "the query's own document is first for" in text["queries"]
@@ -91,7 +45,7 @@ def test_all_four_kinds_from_text_to_shards(commands, server, tmp_path):
     assert len(server.calls) == paid
 
 
-def test_budget_then_batch_then_done(commands, server, tmp_path):
+def test_budget_then_batch_then_done(commands, server, tmp_path, said, refused):
     command = (*commands["queries"], "--base-url", server.url)
     line = refused(*command, "--max-tokens-total", 100, "--concurrency", 2)
     assert line.startswith("drama: error: the budget of 100 tokens is spent (1")
@@ -107,7 +61,9 @@ def test_budget_then_batch_then_done(commands, server, tmp_path):
     assert len(server.calls) == paid
 
 
-def test_parameters_reach_the_server_and_the_report(commands, server, tmp_path, monkeypatch):
+def test_parameters_reach_the_server_and_the_report(
+    commands, server, tmp_path, monkeypatch, said, refused
+):
     monkeypatch.setenv("MY_KEY", "secret")
     extra = '{"chat_template_kwargs": {"enable_thinking": false}}'
     said(*commands["relabel"], "--base-url", server.url, "--temperature", 0.3, "--top-p", 0.7,
@@ -142,7 +98,7 @@ def test_parameters_reach_the_server_and_the_report(commands, server, tmp_path, 
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_left(
-    commands, llm_world, tmp_path, monkeypatch, kind, arguments, message
+    commands, llm_world, tmp_path, monkeypatch, kind, arguments, message, refused
 ):
     monkeypatch.chdir(tmp_path)
     command = list(commands[kind])
@@ -153,7 +109,7 @@ def test_bad_input_is_one_line_and_nothing_is_left(
     assert not [name for name in left if "partial" in name or name == out_of(command).name]
 
 
-def test_help_teaches():
+def test_help_teaches(drama):
     for kind in KINDS:
         shown = drama("augment", kind, "--help")
         assert shown.exit_code == 0
@@ -161,36 +117,3 @@ def test_help_teaches():
         assert f"drama augment {kind}" in shown.stdout
         assert "--offline-batch" in shown.stdout
         assert kind in drama("augment", "--help").stdout
-
-
-@pytest.mark.slow
-def test_a_real_server_of_transformers(commands, tmp_path):
-    program = shutil.which("transformers", path=str(Path(sys.executable).parent))
-    if program is None or find_spec("fastapi") is None or find_spec("uvicorn") is None:
-        pytest.skip("`transformers serve` needs fastapi and uvicorn, which are not installed")
-    try:
-        (gguf,) = find_llm().glob("*.gguf")
-    except UserError as error:
-        pytest.skip(str(error))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = tmp_path / "smollm"
-    for kind in (AutoModelForCausalLM, AutoTokenizer):
-        kind.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(model)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (tmp_path / "log").open("w") as log:
-        command = [program, "serve", "--port", str(port), "--device", "cpu"]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        # the client itself waits for a server that is still loading
-        server = ("--base-url", f"http://127.0.0.1:{port}/v1", "--concurrency", 1)
-        result = drama(*commands["queries"][:-1], model, *server, "--max-tokens", 64)
-        report = json.loads((tmp_path / "queries.report.json").read_text())
-    finally:
-        process.terminate()
-        process.wait(30)
-    assert result.exit_code == 0, (result.stderr, (tmp_path / "log").read_text()[-2000:])
-    assert report["records"] + sum(report["dropped"].values()) == report["llm"]["calls"] == 60
-    assert report["llm_this_run"]["estimated"] == 0

@@ -14,7 +14,7 @@ from drama.augment.llm import IncompleteError
 from drama.augment.patience import Limits
 from drama.augment.queries import make_queries
 from drama.augment.teacher import Retrieval
-from drama.augment.testing import ChatServer, answer_batch, held_answers, killed, pretend, served
+from drama.augment.testing import ChatServer, answer_batch, pretend, served
 from drama.augment.windows import PAPER, Windows
 from drama.data.sources import Source, read_source
 from drama.errors import UserError
@@ -110,35 +110,6 @@ def test_refused_requests_are_dropped_and_counted(run):
     with ChatServer(refuse) as server:
         report = run(server.url)
     assert report["dropped"] == {"refused by the server, HTTP 400": 60 - report["records"]}
-
-
-def test_a_killed_job_goes_on_to_the_same_bytes_and_pays_nothing_twice(
-    run, llm_world, tmp_path, monkeypatch
-):
-    with served(delay_s=lambda call: 0.03) as server:
-        options = {
-            "--teacher": llm_world / "model", "--work": tmp_path / "work-c.jsonl", "--depth": 20,
-            "--positives": "1-4", "--negatives": "8-20", "--model": "tiny", "--base-url":
-            server.url, "--concurrency": 2, "--top-p": 1, "--cache": tmp_path / "answers.sqlite",
-        }  # fmt: skip
-        flat = [part for pair in options.items() for part in pair]
-        start = killed(tmp_path, "queries", "BATCH = 10", tmp_path / "out.jsonl",
-                       "augment", "queries", llm_world / "c.jsonl", *flat)  # fmt: skip
-        assert 0 < start < 60
-        assert start % 10 == 0
-        monkeypatch.setattr(module, "BATCH", 10)
-        held = held_answers(tmp_path / "answers.sqlite")
-        assert start <= held < 60
-        before = sum(server.paid.values())
-        assert before - held <= 2  # in flight at the kill
-        report = run(server.url)
-        assert sum(server.paid.values()) - before == 60 - held
-        assert report["llm_this_run"]["sent"] == 60 - held
-        assert report["llm"]["calls"] == 60
-        run(server.url, "whole.jsonl")
-        assert sum(server.paid.values()) <= 60 + 2
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_a_spent_budget_is_one_line_and_the_position_is_kept(run, server, tmp_path, monkeypatch):

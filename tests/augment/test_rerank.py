@@ -12,7 +12,7 @@ from drama.augment.llm import IncompleteError
 from drama.augment.patience import Limits
 from drama.augment.rerank import RerankOptions, rerank
 from drama.augment.teacher import Retrieval
-from drama.augment.testing import answer_batch, held_answers, killed, pretend, served
+from drama.augment.testing import answer_batch, held_answers, pretend, served
 from drama.augment.windows import Windows
 from drama.data.sources import Source, read_source
 from drama.encoder import Encoder
@@ -112,23 +112,24 @@ def test_a_window_without_an_order_keeps_the_teachers(run):
     assert report["dropped"] == {}
 
 
-def test_a_killed_job_goes_on_to_the_same_bytes(run, llm_world, tmp_path, monkeypatch):
-    with served(delay_s=lambda call: 0.05) as server:
-        options = {
-            "--teacher": llm_world / "model", "--work": tmp_path / "work", "--corpus":
-            llm_world / "c.jsonl", "--model": "tiny", "--base-url": server.url,
-            "--concurrency": 2, "--cache": tmp_path / "answers.sqlite",
-        }  # fmt: skip
-        flat = [part for pair in options.items() for part in pair]
-        start = killed(tmp_path, "rerank", "BATCH = 5", tmp_path / "out.jsonl",
-                       "augment", "rerank", llm_world / "pairs.jsonl", *flat)  # fmt: skip
-        assert 0 < start < RECORDS
-        monkeypatch.setattr(module, "BATCH", 5)
-        held, before = held_answers(tmp_path / "answers.sqlite"), sum(server.paid.values())
-        run(server.url)
-        assert sum(server.paid.values()) - before == RECORDS - held
-        run(server.url, "whole.jsonl")
-        assert sum(server.paid.values()) - before == RECORDS - held
+def test_a_spent_budget_keeps_the_position_and_goes_on(run, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 5)
+    windows = Windows(depth=45, positives=(1, 1), negatives=(30, 45))  # four calls a query
+    options = {"rerank_options": RerankOptions(windows)}
+    with pytest.raises(IncompleteError, match="the budget of 700 tokens is spent") as fault:
+        run(server.url, **options, limits=Limits(1, max_tokens_total=700))
+    assert "\n" not in str(fault.value)
+    assert len(server.calls) == held_answers(tmp_path / "answers.sqlite") == 70
+    # eight queries are under way at a time, so the budget ended in the middle of some
+    state = json.loads((tmp_path / ".out.jsonl.partial" / "journal.json").read_text())
+    assert state["start"] in (5, 10, 15)
+    with pytest.raises(IncompleteError, match="0 were paid"):
+        run(server.url, **options, limits=Limits(max_tokens_total=0))
+    assert len(server.calls) == 70
+    report = run(server.url, **options)
+    assert report["llm_this_run"]["sent"] == RECORDS * 4 - 70
+    assert report["llm"]["calls"] == len(server.calls) == RECORDS * 4
+    run(NOWHERE, "whole.jsonl", **options)  # all from the cache
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 

@@ -8,7 +8,7 @@ from drama.augment.asking import Asking
 from drama.augment.grid import draw, draw_subject
 from drama.augment.llm import IncompleteError
 from drama.augment.patience import Limits
-from drama.augment.testing import answer_batch, held_answers, killed, pretend, served
+from drama.augment.testing import answer_batch, pretend, served
 from drama.augment.triplets import TripletOptions, make_triplets
 from drama.data.sources import read_source
 from drama.errors import UserError
@@ -86,22 +86,6 @@ def test_without_a_task_the_whole_list_is_dropped(run):
     with served(lambda p: "" if "Write 20" in p else pretend(p)) as server, nothing:
         run(server.url)
     assert sum(server.paid.values()) == 3
-
-
-def test_a_killed_job_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("drama.augment.triplets.TASKS", 5)
-    with served(delay_s=lambda call: 0.02) as server:
-        start = killed(
-            tmp_path, "triplets", "TASKS = 5", tmp_path / "out.jsonl", "augment", "triplets",
-            "--number", NUMBER, "--model", "tiny", "--base-url", server.url, "--concurrency", 2,
-            "--cache", tmp_path / "a.sqlite", "--max-tokens", 512, "--top-p", 1,
-        )  # fmt: skip
-        assert 0 < start < NUMBER
-        held, before = held_answers(tmp_path / "a.sqlite"), sum(server.paid.values())
-        run(server.url)
-        run(server.url, "whole.jsonl")
-        assert sum(server.paid.values()) - before == NUMBER + 10 - held
-    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_a_batch_run_takes_two_rounds(run, server, tmp_path):
