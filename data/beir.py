@@ -51,16 +51,29 @@ def read_queries(folder: str | Path) -> dict[str, str]:
     """The queries of a BEIR folder, id to text, in file order.
 
     Raises:
-        UserError: no queries file, or a line that is no query, or an id that came before.
+        UserError: no queries file, or from `read_query_file`.
     """
+    return read_query_file(_require(Path(folder), "queries.jsonl"))
+
+
+def read_query_file(path: str | Path) -> dict[str, str]:
+    """The queries of a file, id to text, in file order: lines of {_id, text}, or, where the name
+    ends in .tsv, of id, tab, text; packed or not.
+
+    Raises:
+        UserError: no such file, a line that is no query, an id that came before, or no queries.
+    """
+    path = Path(path)
+    rows = _tab_separated(path) if ".tsv" in path.suffixes else _json_queries(path)
     queries: dict[str, str] = {}
-    for where, value in read_objects(_require(Path(folder), "queries.jsonl")):
-        id_ = _field(value, "_id", where)
+    for where, id_, text in rows:
         if id_ in queries:
             raise UserError(f"{where}: query '{id_}' stands in the file twice")
-        queries[id_] = _field(value, "text", where)
-        if not queries[id_].strip():
+        queries[id_] = text
+        if not text.strip():
             raise UserError(f"{where}: query '{id_}' is empty")
+    if not queries:
+        raise UserError(f"{path} holds no queries")
     return queries
 
 
@@ -119,6 +132,22 @@ def _require(folder: Path, name: str) -> Path:
     if path is None:
         raise UserError(f"{folder} is no BEIR folder: it has no {name} (.gz and .xz are read too)")
     return path
+
+
+def _json_queries(path: Path) -> Iterator[tuple[str, str, str]]:
+    for where, value in read_objects(path):
+        yield where, _field(value, "_id", where), _field(value, "text", where)
+
+
+def _tab_separated(path: Path) -> Iterator[tuple[str, str, str]]:
+    for number, line in read_lines(path):
+        columns = line.split("\t")
+        if len(columns) != 2:
+            raise UserError(
+                f"{path}:{number}: {len(columns)} columns, expected query id and text with a tab "
+                "between"
+            )
+        yield f"{path}:{number}", columns[0], columns[1]
 
 
 def _field(value: dict[str, Any], key: str, where: str) -> str:

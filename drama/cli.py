@@ -10,7 +10,14 @@ from typing import Any
 
 import click
 
-from drama import cli_augment, cli_augment_llm, cli_augment_run, cli_data, cli_evaluate
+from drama import (
+    cli_augment,
+    cli_augment_llm,
+    cli_augment_run,
+    cli_data,
+    cli_evaluate,
+    cli_search,
+)
 from drama.console import console, quiet_libraries
 from drama.errors import UserError, exit_on_user_error
 
@@ -56,7 +63,12 @@ def main() -> None:
 
 for command in (*cli_augment_llm.COMMANDS, *cli_augment_run.COMMANDS):
     cli_augment.augment.add_command(command)
-for command in (*cli_data.COMMANDS, *cli_augment.COMMANDS, *cli_evaluate.COMMANDS):
+for command in (
+    *cli_data.COMMANDS,
+    *cli_augment.COMMANDS,
+    *cli_search.COMMANDS,
+    *cli_evaluate.COMMANDS,
+):
     main.add_command(command)
 
 
@@ -246,38 +258,6 @@ def encode(corpus: Path, model: Path, out: Path, **options: Any) -> None:
     from drama.retrieve.encode import encode_corpus
 
     encode_corpus(corpus, model, out, **options)
-
-
-@main.command()
-@click.argument("vectors", type=FOLDER)
-@click.option("--out", type=FOLDER, required=True, help="Folder for the index.")
-@click.option(
-    "--type", "kind", type=click.Choice(["flat", "hnsw"]), default="flat", show_default=True
-)
-def index(vectors: Path, out: Path, kind: Any) -> None:
-    """Build a FAISS index: flat is exact, hnsw is for large corpora."""
-    from drama.retrieve.index import build_index
-
-    build_index(vectors, out, kind)
-    console.print(f'{out}: {kind} index; try: drama search --index {out} "your question"')
-
-
-@main.command()
-@click.argument("queries", nargs=-1)
-@click.option("--index", "folder", type=FOLDER, required=True)
-@click.option("-k", type=click.IntRange(1), default=5, show_default=True)
-def search(queries: Sequence[str], folder: Path, k: int) -> None:
-    """Search an index. Without QUERIES, one is read per line of standard input."""
-    from drama.retrieve.search import search as find_documents
-
-    texts = list(queries) if queries else [line.strip() for line in sys.stdin if line.strip()]
-    if not texts:
-        raise UserError("no query: give one as an argument or a line of standard input")
-    for query, hits in zip(texts, find_documents(folder, texts, k), strict=True):
-        click.secho(query, bold=True)
-        for rank, hit in enumerate(hits, 1):
-            click.echo(f"{rank:3d}  {hit.score:.3f}  {hit.id}  {hit.title}")
-            click.secho(f"            {hit.snippet}", dim=True)
 
 
 @main.command()

@@ -130,6 +130,12 @@ def spare_bytes(device: torch.device) -> int:
     return (left - total // 4) // ranks_here + _freed_bytes()
 
 
+def machine_bytes() -> int:
+    """Memory of this machine, or of this process's control group where that has less."""
+    limits = (_number(Path(limit_file)) for limit_file, *_ in _CGROUPS)
+    return min([psutil.virtual_memory().total, *(x for x in limits if x is not None)])
+
+
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())

@@ -167,7 +167,7 @@ MISSING = {
     ),
     "search": (
         "search --index gone bees",
-        "gone is no index folder (meta.json or index.faiss is missing)",
+        "gone is no index folder (meta.json or ids.txt is missing)",
     ),
     "search-no-query": (
         "search --index gone",
@@ -277,7 +277,7 @@ def test_calibration_text_is_read_before_the_weights(here: Path) -> None:
 
 
 def test_wrong_usage_is_click_s_own_message() -> None:
-    for line in ("prune", "index x --out y --type ivf", "search --index x -k 0", "nosuch"):
+    for line in ("prune", "index x --out y --type ivff", "search --index x -k 0", "nosuch"):
         result = drama(*line.split())
         assert result.exit_code == 2, line
         assert result.stderr.startswith("Usage: main")

@@ -26,7 +26,8 @@ from drama.errors import UserError
 from drama.files import locked, replacing
 from drama.hf import model_sha256
 from drama.retrieve.encode import fill_vectors
-from drama.retrieve.index import HNSW_SEARCH_BEAM, Index
+from drama.retrieve.index import Index
+from drama.retrieve.index_types import HNSW_SEARCH_BEAM
 from drama.retrieve.vectors import BLOCK, Vectors, VectorsManifest, open_vectors
 from drama.teach import Encode, load_teacher
 
@@ -203,7 +204,7 @@ def _graph(folder: Path, vectors_ND: np.ndarray, manifest: VectorsManifest) -> A
         console.print(f"{folder}: building the graph", markup=False, soft_wrap=True)
         index = Index.from_vectors(Vectors(folder, vectors_ND, [], manifest), "hnsw")
         with replacing(path) as temporary:
-            faiss.write_index(index.faiss_index, str(temporary))
+            faiss.write_index(index.files[0], str(temporary))
     try:
         return faiss.read_index(str(path))
     except RuntimeError as error:

@@ -2,91 +2,169 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from drama.console import progress
+from drama.data.beir import read_query_file
 from drama.data.records import Document
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.hf import model_sha256
-from drama.retrieve.corpus import read_documents
 from drama.retrieve.encode import load_encoder
 from drama.retrieve.index import Index
+from drama.retrieve.lines import Lines
+from drama.retrieve.run import Run, write_run
+from drama.retrieve.snippet import Spans, marks, query_words, snippet
 
-SNIPPET = 200  # characters
+BATCH = 256  # queries of a file that are searched together
+TAG = "drama"  # of a run file
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One result. `score` is the cosine of query and document."""
+    """One result. `score` is the cosine of query and document.
+
+    title_marks, marks: (start, end) of words of the query, in the title and in the snippet.
+    """
 
     id: str
     score: float
     title: str
     snippet: str
+    title_marks: Spans = ()
+    marks: Spans = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain object of all fields."""
+        return dataclasses.asdict(self)
+
+
+class Searcher:
+    """An open index with its model and its documents; asked again and again.
+
+    Args:
+        model: a folder with the index's model, where it is no longer where it was.
+        rerank: see `Index.load`.
+
+    Raises:
+        UserError: no index, or a model that is gone or not the one that the index was built with.
+    """
+
+    def __init__(
+        self, index_dir: str | Path, *, model: Path | None = None, rerank: bool | None = None
+    ) -> None:
+        self.index = Index.load(index_dir, rerank=rerank)
+        self.encoder = load_index_model(self.index, model)
+        kept = self.index.meta.documents
+        self.documents = Lines(Path(index_dir) / "documents.jsonl") if kept else None
+
+    def search(self, texts: Sequence[str], k: int = 10, effort: float = 1.0) -> list[list[Hit]]:
+        """The `k` best documents of each text, best first. `effort`: see `Index.numbers`.
+
+        Raises:
+            UserError: an empty query.
+        """
+        check_queries(texts)
+        scores_BK, rows_BK = self.index.numbers(self._embed(texts), k, effort)
+        return [
+            [
+                self._hit(int(row), float(score), words)
+                for score, row in zip(scores, rows, strict=True)
+                if row >= 0
+            ]
+            for scores, rows, words in zip(scores_BK, rows_BK, map(query_words, texts), strict=True)
+        ]
+
+    def run(self, queries: dict[str, str], k: int, effort: float = 1.0) -> Run:
+        """The rankings of many queries, id to text."""
+        run: Run = {}
+        pairs = list(queries.items())
+        with progress() as bar:
+            task = bar.add_task("search", total=len(pairs), note="")
+            for start in range(0, len(pairs), BATCH):
+                ids, texts = zip(*pairs[start : start + BATCH], strict=True)
+                scores_BK, found = self.index.search(self._embed(texts), k, effort)
+                for id_, scores, documents in zip(ids, scores_BK, found, strict=True):
+                    run[id_] = dict(zip(documents, map(float, scores), strict=False))
+                bar.update(task, advance=len(ids))
+        return run
+
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+        return self.encoder.encode(list(texts), "query", dim=self.index.meta.dim)
+
+    def _hit(self, row: int, score: float, words: frozenset[str]) -> Hit:
+        if self.documents is None:
+            return Hit(self.index.ids[row], score, "", "")
+        document = Document(**json.loads(self.documents[row]))
+        text, spans = snippet(document.text, words)
+        title = document.title
+        return Hit(document.id, score, title, text, marks(title, words), spans)
 
 
 def search(index_dir: str | Path, texts: str | Sequence[str], k: int = 10) -> list[list[Hit]]:
     """Return the `k` best documents of each text, best first; one text gives one list.
 
     Raises:
-        UserError: no index, an empty query, a model or a corpus that is gone or not the one that
-            the index was built from.
+        UserError: no index, an empty query, a model that is gone or not the one that the index was
+            built with.
     """
     queries = [texts] if isinstance(texts, str) else list(texts)
-    for number, query in enumerate(queries):
-        if not query.strip():
-            raise UserError(f"query {number + 1} of {len(queries)} is empty")
-    index = Index.load(index_dir)
-    q_BD = load_index_model(index).encode(queries, "query", dim=index.meta.dim)
-    scores_BK, ids = index.search(q_BD, k)
-    documents = _find_documents(index, {id_ for found in ids for id_ in found})
-    return [
-        [_hit(documents[id_], float(score)) for score, id_ in zip(scores, found, strict=False)]
-        for scores, found in zip(scores_BK, ids, strict=True)
-    ]
+    check_queries(queries)
+    return Searcher(index_dir).search(queries, k)
 
 
-def load_index_model(index: Index) -> Encoder:
-    """Load the model that an index was built with.
+def search_file(searcher: Searcher, queries: Path, out: Path, k: int, effort: float) -> int:
+    """Search for each query of a file, write a TREC run file, and return the number of queries.
 
     Raises:
-        UserError: it is gone, or its files have changed since.
+        UserError: from `read_query_file`, or an id with white space.
+    """
+    asked = read_query_file(queries)
+    write_run(searcher.run(asked, k, effort), out, TAG)
+    return len(asked)
+
+
+def check_queries(texts: Sequence[str]) -> None:
+    """Refuse empty queries.
+
+    Raises:
+        UserError: names the query by its number.
+    """
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise UserError(f"query {number} of {len(texts)} is empty")
+
+
+def load_index_model(index: Index, model: Path | None = None) -> Encoder:
+    """Load the model that an index was built with, from `model` where that is given.
+
+    Raises:
+        UserError: it is gone, its files have changed since, or `model` is another one.
     """
     meta = index.meta
-    if not Path(meta.model).is_dir():
-        raise UserError(f"the index was built with the model {meta.model}, which is not there")
-    if model_sha256(meta.model) != meta.model_sha256:
+    folder = model or Path(meta.model)
+    if not folder.is_dir():
         raise UserError(
-            f"the model {meta.model} has changed since the index was built; encode and index again"
+            f"{folder}: not a model folder"
+            if model
+            else f"the index was built with the model {meta.model}, which is not there; "
+            "name its folder with --model"
         )
-    encoder = load_encoder(meta.model)
+    if model_sha256(folder) != meta.model_sha256:
+        raise UserError(
+            f"{folder} is not the model of the index, which was built with {meta.model}"
+            if model
+            else f"the model {meta.model} has changed since the index was built; encode and index "
+            "again"
+        )
+    encoder = load_encoder(folder)
     if encoder.dim < meta.dim:
-        raise UserError(f"{meta.model} is {encoder.dim} wide, the index {meta.dim}; build it again")
+        raise UserError(f"{folder} is {encoder.dim} wide, the index {meta.dim}; build it again")
     return encoder
-
-
-def _find_documents(index: Index, wanted: set[str]) -> dict[str, Document]:
-    """Read the corpus until all wanted documents were met."""
-    path = Path(index.meta.corpus)
-    if not path.is_file():
-        raise UserError(f"the index was built from the corpus {path}, which is not there")
-    found: dict[str, Document] = {}
-    for document in read_documents(path):
-        if document.id in wanted:
-            found[document.id] = document
-            if len(found) == len(wanted):
-                return found
-    if missing := wanted - found.keys():
-        raise UserError(
-            f"{path} has changed since the index was built: document '{min(missing)}' is gone; "
-            "encode and index again"
-        )
-    return found
-
-
-def _hit(document: Document, score: float) -> Hit:
-    text = " ".join(document.text.split())
-    snippet = text if len(text) <= SNIPPET else text[: SNIPPET - 1].rsplit(" ", 1)[0] + "…"
-    return Hit(document.id, score, document.title, snippet)

@@ -85,16 +85,27 @@ class Vectors:
 
     folder: Path
     vectors_ND: np.ndarray
-    ids: list[str]
+    ids: Sequence[str]
     manifest: VectorsManifest
 
-    def blocks(self, dim: int | None = None) -> Iterator[np.ndarray]:
-        """Yield float32 blocks [<= 65,536, dim], cut to the first `dim` columns, of norm 1."""
-        for start in range(0, len(self.vectors_ND), BLOCK):
-            block = np.asarray(self.vectors_ND[start : start + BLOCK, :dim], np.float32)
-            if dim is not None and dim < self.manifest.dim:
-                block = block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
-            yield np.ascontiguousarray(block)
+    def blocks(
+        self, dim: int | None = None, start: int = 0, stop: int | None = None
+    ) -> Iterator[np.ndarray]:
+        """Yield float32 blocks [<= 65,536, dim] of rows `start` to `stop`, cut to the first `dim`
+        columns, of norm 1."""
+        stop = len(self.vectors_ND) if stop is None else stop
+        for first in range(start, stop, BLOCK):
+            yield self._cut(self.vectors_ND[first : min(first + BLOCK, stop)], dim)
+
+    def take(self, rows_M: np.ndarray, dim: int | None = None) -> np.ndarray:
+        """The rows of these numbers, [M, dim], as `blocks` gives them."""
+        return self._cut(self.vectors_ND[rows_M], dim)
+
+    def _cut(self, block: np.ndarray, dim: int | None) -> np.ndarray:
+        block = np.asarray(block[:, :dim], np.float32)
+        if dim is not None and dim < self.manifest.dim:
+            block = block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
+        return np.ascontiguousarray(block)
 
 
 def read_vectors(folder: str | Path) -> Vectors:

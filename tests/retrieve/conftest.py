@@ -9,12 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from drama.retrieve.vectors import VectorsManifest, write_ids
 
 DOCUMENTS = [
     ("d1", "Vaccines", "Vaccination trains the immune system to recognise a virus."),
@@ -175,3 +178,30 @@ def upstream() -> SimpleNamespace:
         mldr=write_mldr,
         parquet=write_parquet,
     )
+
+
+@pytest.fixture(scope="session")
+def save_vectors() -> Callable[..., Path]:
+    """Write a vectors folder of any array, as `encode_corpus` leaves one."""
+
+    def save(folder: Path, vectors_ND: np.ndarray, corpus: str = "corpus.jsonl") -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "vectors.npy", vectors_ND)
+        write_ids(folder / "ids.txt", [f"d{i}" for i in range(len(vectors_ND))])
+        VectorsManifest(
+            model="model",
+            model_sha256="0" * 64,
+            corpus=corpus,
+            corpus_sha256="0" * 64,
+            rows=len(vectors_ND),
+            kind="document",
+            max_tokens=64,
+            dim=vectors_ND.shape[1],
+            dtype=vectors_ND.dtype.name,
+            compute_dtype="float32",
+            window=2048,
+            token_budget=8192,
+        ).write(folder / "manifest.json")
+        return folder
+
+    return save

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 
 import numpy as np
 import pytest
+import pytrec_eval
 
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.retrieve.encode import encode_corpus
 from drama.retrieve.index import build_index
-from drama.retrieve.search import SNIPPET, search
+from drama.retrieve.search import Hit, Searcher, search, search_file
 
 
 @pytest.fixture
@@ -50,14 +53,64 @@ def test_one_text_gives_one_list(index):
     assert search(index, "tides", k=2) == search(index, ["tides"], k=2)
 
 
-def test_long_texts_are_cut_at_a_word(jsonl, model, tmp_path):
-    corpus = jsonl("long.jsonl", [{"_id": "a", "title": "T", "text": "word  and\n" * 100}])
-    encode_corpus(corpus, model, tmp_path / "vectors")
-    build_index(tmp_path / "vectors", tmp_path / "index")
-    [[hit]] = search(tmp_path / "index", "word")
-    assert len(hit.snippet) <= SNIPPET
-    assert hit.snippet.endswith("word…") or hit.snippet.endswith("and…")
-    assert "  " not in hit.snippet
+def test_marks_are_words_of_the_query(index):
+    (hits,) = search(index, ["Which tides move the ocean?"], k=8)
+    hit = next(hit for hit in hits if hit.id == "d5")
+    assert [hit.title[a:b] for a, b in hit.title_marks] == ["Tides"]
+    assert [hit.snippet[a:b] for a, b in hit.marks] == ["moves", "oceans"]
+
+
+def test_the_corpus_is_not_needed(index, dataset, tmp_path):
+    before = search(index, "tides")
+    shutil.rmtree(dataset)
+    assert search(index, "tides") == before
+
+
+def test_an_index_without_documents_gives_ids(index, tmp_path):
+    build_index(tmp_path / "vectors", tmp_path / "bare", documents=False)
+    assert search(tmp_path / "bare", "tides") == [
+        [Hit(hit.id, hit.score, "", "") for hit in search(index, "tides")[0]]
+    ]
+
+
+@pytest.mark.parametrize("name", ["queries.jsonl", "queries.tsv", "queries.tsv.gz"])
+def test_a_run_file(index, model, tmp_path, name):
+    queries = {f"q{i}": f"question {i} of many" for i in range(7)}
+    lines = [
+        f"{id_}\t{text}\n" if ".tsv" in name else json.dumps({"_id": id_, "text": text}) + "\n"
+        for id_, text in queries.items()
+    ]
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wt") as file:
+        file.write("".join(lines))
+    searcher = Searcher(index)
+    assert search_file(searcher, tmp_path / name, tmp_path / "out.trec", 3, 1.0) == 7
+    with (tmp_path / "out.trec").open() as file:
+        run = pytrec_eval.parse_run(file)
+    documents_ND = np.load(tmp_path / "vectors" / "vectors.npy")
+    cosines_QN = Encoder.from_pretrained(model).encode(list(queries.values()), "query", dim=32) @ (
+        documents_ND.T
+    )
+    for id_, cosines in zip(queries, cosines_QN, strict=True):
+        best = np.argsort(-cosines)[:3]
+        assert list(run[id_]) == [f"d{i + 1}" for i in best]
+        np.testing.assert_allclose(list(run[id_].values()), cosines[best], atol=1e-5)
+
+
+def test_a_bad_query_file(index, tmp_path):
+    searcher, file = Searcher(index), tmp_path / "queries.tsv"
+    for text, message in (
+        ("q1 no tab\n", r"queries\.tsv:1: 1 columns, expected query id and text"),
+        ("q1\ta\nq1\tb\n", r"queries\.tsv:2: query 'q1' stands in the file twice"),
+        ("q1\t \n", r"queries\.tsv:1: query 'q1' is empty"),
+        ("", r"queries\.tsv holds no queries"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            search_file(searcher, file, tmp_path / "out.trec", 3, 1.0)
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        search_file(searcher, tmp_path / "gone.jsonl", tmp_path / "out.trec", 3, 1.0)
+    assert not (tmp_path / "out.trec").exists()
 
 
 def test_bad_input(index, dataset, make_model, tmp_path):
@@ -66,20 +119,19 @@ def test_bad_input(index, dataset, make_model, tmp_path):
     with pytest.raises(UserError, match=r"facts is no index folder"):
         search(dataset, "a")
 
-    corpus = dataset / "corpus.jsonl"
-    text = corpus.read_text()
-    corpus.write_text("\n".join(text.splitlines()[:2]) + "\n")
-    with pytest.raises(UserError, match=r"corpus\.jsonl has changed .*: document 'd3' is gone"):
-        search(index, "a")
-    corpus.unlink()
-    with pytest.raises(UserError, match=r"corpus\.jsonl, which is not there"):
-        search(index, "a")
-    corpus.write_text(text)
-
-    weights = tmp_path / "own-model" / "model.safetensors"
-    weights.write_bytes(make_model(9).joinpath("model.safetensors").read_bytes())
+    own, other = tmp_path / "own-model", make_model(9)
+    with pytest.raises(UserError, match=r"model-9 is not the model of the index, .*own-model"):
+        Searcher(index, model=other)
+    with pytest.raises(UserError, match=r"gone: not a model folder"):
+        Searcher(index, model=tmp_path / "gone")
+    weights = own / "model.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(other.joinpath("model.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"own-model has changed since the index was built"):
         search(index, "a")
-    shutil.rmtree(tmp_path / "own-model")
-    with pytest.raises(UserError, match=r"built with the model .*own-model, which is not there"):
+    weights.write_bytes(sound)
+    before = search(index, "a")
+    shutil.move(own, tmp_path / "moved")
+    with pytest.raises(UserError, match=r"own-model, which is not there; name its folder with"):
         search(index, "a")
+    assert Searcher(index, model=tmp_path / "moved").search(["a"]) == before
