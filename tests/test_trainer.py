@@ -87,7 +87,9 @@ def test_stopped_and_killed_and_started_again_it_gives_the_same_losses_to_the_la
     process = start_until(world, run, 1)
     for child in psutil.Process(process.pid).children(recursive=True):
         command = " ".join(child.cmdline())
-        if "train.py" in command and "launcher" not in command:  # the ranks and their readers
+        if (
+            "train.py" in command and "deepspeed.launcher" not in command
+        ):  # the ranks and their readers
             child.terminate()
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said[-3000:]
