@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,4 +346,6 @@ def _whole_vectors(folder: Path, meta: IndexMeta, rerank: bool | None) -> Vector
             f"{source} holds other vectors than those that {folder} was built from; build the "
             "index again, or search it with --no-rerank"
         )
+    if (mapped := getattr(vectors_ND, "_mmap", None)) is not None:
+        mapped.madvise(mmap.MADV_RANDOM)  # a row is a kilobyte or two, reading ahead brings 128
     return Vectors(source, vectors_ND, [], manifest)
