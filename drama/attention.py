@@ -162,8 +162,10 @@ def _one_query(q_CH1E: Tensor, k_CGLE: Tensor, v_CGLE: Tensor, scale: float) -> 
     """One query a sequence over all its keys; returns [C, H, E], C sequences of L tokens.
 
     Plain products: torch's CPU kernel splits the keys among the threads here, and gives other bits
-    with another number of threads.
+    with another number of threads. Laid out anew: the products of strided keys give other bits for
+    one sequence than for several.
     """
+    k_CGLE, v_CGLE = k_CGLE.contiguous(), v_CGLE.contiguous()
     q_CGRE = q_CH1E[:, :, 0].unflatten(1, (k_CGLE.shape[1], -1))
     p_CGRL = torch.softmax(q_CGRE @ k_CGLE.mT * scale, -1)
     return (p_CGRL @ v_CGLE).flatten(1, 2)

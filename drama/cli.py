@@ -15,6 +15,7 @@ from drama import (
     cli_augment_llm,
     cli_augment_run,
     cli_data,
+    cli_encode,
     cli_evaluate,
     cli_search,
 )
@@ -66,6 +67,7 @@ for command in (*cli_augment_llm.COMMANDS, *cli_augment_run.COMMANDS):
 for command in (
     *cli_data.COMMANDS,
     *cli_augment.COMMANDS,
+    *cli_encode.COMMANDS,
     *cli_search.COMMANDS,
     *cli_evaluate.COMMANDS,
 ):
@@ -239,25 +241,6 @@ def average(run: Path, last: int, out: Path) -> None:
 
     steps = average_checkpoints(run, last, out)
     console.print(f"{out}: mean of steps {', '.join(f'{s:,}' for s in steps)}", markup=False)
-
-
-@main.command()
-@click.argument("corpus", type=FOLDER)
-@click.option("--model", type=FOLDER, required=True)
-@click.option("--out", type=FOLDER, required=True, help="Folder for the vectors.")
-@click.option("--dim", type=click.IntRange(1), help="Cut vectors to this width (Matryoshka).")
-@click.option("--max-tokens", type=click.IntRange(2), help="Cut texts here; default the model's.")
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32")
-@click.option("--token-budget", type=click.IntRange(1), default=8192, show_default=True)
-@click.option("--overwrite", is_flag=True, help="Replace vectors of other inputs.")
-def encode(corpus: Path, model: Path, out: Path, **options: Any) -> None:
-    """Turn a corpus into vectors. Started again, it goes on where it was stopped.
-
-    CORPUS is a BEIR folder or a .jsonl file of {_id, title, text}, plain, .gz or .xz.
-    """
-    from drama.retrieve.encode import encode_corpus
-
-    encode_corpus(corpus, model, out, **options)
 
 
 @main.command()

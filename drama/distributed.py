@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import socket
@@ -26,6 +27,8 @@ from drama.memory import keep_freed_memory
 if not torch.cuda.is_available():  # else DeepSpeed warns in every process that it found none
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+
+_deals = itertools.count()  # how often this process has called `Ranks.deal`
 
 
 class Stopped(SystemExit):
@@ -75,6 +78,21 @@ class Ranks:
         if fault[0] is not None:
             is_the_users, message = fault[0]
             raise (UserError if is_the_users else RuntimeError)(message)
+
+    def wait(self) -> None:
+        """Until every rank is here, a day if need be."""
+        if self.world_size > 1:
+            dist.barrier(group=_patient_group())
+
+    def deal(self) -> Iterator[int]:
+        """0, 1, 2, ... dealt out among the ranks: each number goes to the one that asks next.
+
+        Every rank calls it, in the same order with other calls of it.
+        """
+        if self.world_size == 1:
+            return itertools.count()
+        store, key = dist.distributed_c10d._get_default_store(), f"drama/deal/{next(_deals)}"
+        return (store.add(key, 1) - 1 for _ in itertools.count())
 
     @classmethod
     @contextmanager

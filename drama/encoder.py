@@ -28,6 +28,7 @@ from drama.tokenizer import Kind, TextEncoder, load_tokenizer
 
 Pooling = Literal["last", "mean"]
 Attention = Literal["bidirectional", "causal"]
+LEAST_ROWS = 32  # of a matrix product on the CPU, see `Encoder.embed`
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,9 @@ class Encoder(nn.Module):
     ) -> np.ndarray:
         """Return L2-normalised float32 vectors [len(token_rows), dim], in the order given.
 
-        Rows are sorted by length, packed and run in chunks of about `token_budget` tokens.
+        Rows are sorted by length, packed and run in chunks of about `token_budget` tokens. On a CPU
+        a vector's bits do not depend on the chunk: products of few rows, whose sums run in another
+        order, are filled up with texts of one token. They may depend on the number of threads.
 
         Raises:
             UserError: `dim` is wider than the model.
@@ -197,12 +200,15 @@ class Encoder(nn.Module):
         vectors_BD = np.empty((len(token_rows), width), np.float32)
         if not len(token_rows):
             return vectors_BD
+        least = LEAST_ROWS if self.device.type == "cpu" else 0
         order = sorted(range(len(token_rows)), key=lambda i: len(token_rows[i]))
         lengths = [len(token_rows[i]) for i in order]
         for chunk in even_chunks(lengths, count_chunks(lengths, token_budget)):
             rows = [order[i] for i in chunk]
-            out_BD = self(pack([token_rows[i] for i in rows]).to(self.device))
-            vectors_BD[rows] = F.normalize(out_BD[:, :width].float(), dim=1).cpu().numpy()
+            filling = [[0]] * (least - len(rows))
+            packed = pack([*(token_rows[i] for i in rows), *filling]).to(self.device)
+            out_BD = self(packed)[: len(rows), :width]
+            vectors_BD[rows] = F.normalize(out_BD.float(), dim=1).cpu().numpy()
         return vectors_BD
 
     def encode(

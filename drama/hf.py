@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from drama.errors import UserError
 from drama.files import replacing
 
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "1_Pooling/*.json")
+# with the modules of sentence-transformers, each in a folder of its own
+_WEIGHTS_AND_SETTINGS = ("*.safetensors", "*.bin", "*.json", "vocab.txt", "*.model")
+_MODEL_FILES = tuple(f"{at}{name}" for at in ("", "[0-9]*_*/") for name in _WEIGHTS_AND_SETTINGS)
 
 
 def write_rope_keys(folder: str | Path) -> None:

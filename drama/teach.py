@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from drama.console import console, progress
 from drama.data.records import content_id, document_hash64, query_hash64
 from drama.data.stream import ShardSet, open_pairs
-from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.files import replacing
 from drama.hf import model_sha256
+from drama.retrieve.models import Encode, open_model
 from drama.teacher import TeacherVectors
 from drama.tokenizer import Kind
 
 BLOCK = 4096  # texts that are encoded, and recorded as done, together
-Encode = Callable[[Sequence[str], Kind], np.ndarray]
 
 
 def write_teacher_vectors(
@@ -52,7 +50,7 @@ def write_teacher_vectors(
     if not _same(blocks / "about.json", about, folder):
         with replacing(blocks / "about.json") as temporary:
             temporary.write_text(json.dumps(about), encoding="utf-8")
-    encode, total, parts = load_teacher(model), len(records), []
+    encode, total, parts = open_model(model).encode, len(records), []
     with progress() as bar:
         task = bar.add_task("teach", total=total, note="")
         for number, (done, texts) in enumerate(_blocks(records)):
@@ -68,38 +66,6 @@ def write_teacher_vectors(
         temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
     shutil.rmtree(blocks)
     return TeacherVectors(folder)
-
-
-def load_teacher(model: str | Path) -> Encode:
-    """A function that encodes texts of one kind to normalised rows."""
-    config = Path(model) / "config.json"
-    ours = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get(
-        "model_type"
-    ) in ("llama", "eurobert")
-    if ours:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        return Encoder.from_pretrained(model, dtype=dtype, device=device).encode
-    try:
-        from sentence_transformers import SentenceTransformer
-
-        retriever = SentenceTransformer(str(model))
-    except ImportError:
-        raise UserError(
-            f"{model} is neither llama nor eurobert; pip install sentence-transformers to use it"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{model} cannot be loaded as a teacher: {reason}") from error
-
-    def encode(texts: Sequence[str], kind: Kind) -> np.ndarray:
-        call = retriever.encode_query if kind == "query" else retriever.encode_document
-        vectors: np.ndarray = call(
-            list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
-        )
-        return vectors
-
-    return encode
 
 
 def _blocks(records: ShardSet) -> Iterator[tuple[int, dict[int, tuple[Kind, str]]]]:

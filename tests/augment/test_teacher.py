@@ -14,7 +14,8 @@ from drama.data.lines import read_objects
 from drama.data.sources import Source
 from drama.encoder import Encoder
 from drama.errors import UserError
-from drama.retrieve import encode
+from drama.retrieve import fill
+from drama.retrieve.models import OurModel
 from drama.testing import byte_tokenizer, tiny_llama
 
 SCIFACT = Path(__file__).parents[2] / "data" / "demo" / "scifact"
@@ -88,29 +89,24 @@ def test_the_graph_finds_most_and_is_built_once(world, tmp_path, monkeypatch):
 def test_a_stopped_encoding_goes_on_to_the_same_bytes(world, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "WINDOW", 32)
     retrieval(world, tmp_path / "whole").open()
-    load, calls = module.load_teacher, []
+    encode, calls = OurModel.encode, []
 
-    def stopping(model):
-        encode = load(model)
-
-        def run(texts, kind):
-            calls.append(len(texts))
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return encode(texts, kind)
-
-        return run
+    def stopping(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "load_teacher", stopping)
+        patch.setattr(OurModel, "encode", stopping)
         with pytest.raises(KeyboardInterrupt):
             retrieval(world, tmp_path / "work").open()
     (folder,) = (tmp_path / "work").glob("vectors-*")
-    assert json.loads((folder / "progress.json").read_text())["windows_done"] == 2
+    assert sum((folder / "done.bin").read_bytes()) == 2
     retrieval(world, tmp_path / "work").open()
     (whole,) = (tmp_path / "whole").glob("vectors-*")
     assert (folder / "vectors.npy").read_bytes() == (whole / "vectors.npy").read_bytes()
-    monkeypatch.setattr(encode, "_encode_windows", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(fill, "_work", lambda *_: pytest.fail("encoded again"))
     retrieval(world, tmp_path / "work").open()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from drama.encoder import Encoder
 from drama.errors import UserError
-from drama.retrieve import encode
+from drama.retrieve import fill
 from drama.retrieve.encode import encode_corpus
 from drama.retrieve.vectors import read_vectors
 
@@ -97,7 +97,7 @@ def test_a_killed_run_resumes_to_the_same_bits(jsonl, model, tmp_path):
 
 def _windows_done(folder: Path) -> int:
     try:
-        return json.loads((folder / "progress.json").read_text())["windows_done"]
+        return sum((folder / "done.bin").read_bytes())
     except FileNotFoundError:
         return 0
 
@@ -194,8 +194,8 @@ def test_bad_options(dataset, model, tmp_path, options, message):
 
 
 def test_too_little_disk(dataset, model, tmp_path, monkeypatch):
-    usage = encode.shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(encode.shutil, "disk_usage", lambda path: usage)
+    usage = fill.shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(fill.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"v: the vectors need 0 MiB, 0 MiB are free there"):
         encode_corpus(dataset, model, tmp_path / "v")
 

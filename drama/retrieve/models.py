@@ -1,0 +1,304 @@
+"""Any retriever behind one face: a folder of ours, or one that sentence-transformers loads.
+
+B texts, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from drama.data.packing import count_chunks, even_chunks
+from drama.encoder import Encoder
+from drama.errors import UserError, nearest
+from drama.hf import model_sha256
+from drama.tokenizer import Kind
+
+Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OUR_TYPES = ("llama", "eurobert")
+OUR_MODULES = ("Transformer", "Pooling", "Normalize")
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # in sentence-transformers' order
+TOKEN_BUDGET = 8192
+
+Encode = Callable[[Sequence[str], Kind], np.ndarray]
+
+
+class Model(ABC):
+    """A retriever that is open for inference.
+
+    path: its folder. dim: width D of its vectors; trained_dims: those it was trained for.
+    max_tokens: where it cuts texts; longest: the most that it takes. compute_dtype: by its name in
+    torch. unit: what the length of a prepared text counts.
+    """
+
+    path: str
+    dim: int
+    trained_dims: tuple[int, ...]
+    max_tokens: int
+    longest: int
+    compute_dtype: str
+    unit: str
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """See `drama.hf.model_sha256`; read once."""
+        return model_sha256(self.path)
+
+    @abstractmethod
+    def prepare(self, texts: Sequence[str], kind: Kind, max_tokens: int) -> Sequence[Any]:
+        """What `embed` takes; a thread may do this for one window while the model is at another."""
+
+    @abstractmethod
+    def embed(
+        self, prepared: Sequence[Any], kind: Kind, max_tokens: int, dim: int, token_budget: int
+    ) -> np.ndarray:
+        """Vectors [B, dim] of norm 1, float32, of prepared texts in their order.
+
+        token_budget: tokens a forward pass, about.
+        """
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """How long a document is, all that the model puts around it included, before any cut."""
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        kind: Kind,
+        *,
+        dim: int | None = None,
+        max_tokens: int | None = None,
+        token_budget: int = TOKEN_BUDGET,
+    ) -> np.ndarray:
+        """Vectors [B, dim] of norm 1, float32. Widths and lengths default to the model's.
+
+        Raises:
+            UserError: `dim` or `max_tokens` does not fit the model.
+        """
+        dim, max_tokens = self.check_dim(dim), self.check_max_tokens(max_tokens)
+        if not len(texts):
+            return np.empty((0, dim), np.float32)
+        prepared = self.prepare(texts, kind, max_tokens)
+        return self.embed(prepared, kind, max_tokens, dim, token_budget)
+
+    def check_dim(self, dim: int | None) -> int:
+        """The width to use.
+
+        Raises:
+            UserError: below 1 or wider than the model.
+        """
+        if dim is not None and not 1 <= dim <= self.dim:
+            trained = ", ".join(map(str, self.trained_dims))
+            raise UserError(
+                f"dim {dim} does not fit {self.path}: 1 to {self.dim} do, trained were {trained}"
+            )
+        return dim or self.dim
+
+    def check_max_tokens(self, max_tokens: int | None) -> int:
+        """The length to cut at.
+
+        Raises:
+            UserError: below 2 or longer than the model takes.
+        """
+        if max_tokens is not None and not 2 <= max_tokens <= self.longest:
+            raise UserError(
+                f"max_tokens {max_tokens} does not fit {self.path}: 2 to {self.longest} do"
+            )
+        return max_tokens or self.max_tokens
+
+
+def is_model(folder: str | Path) -> bool:
+    """Whether a folder looks like a model, ours or sentence-transformers'."""
+    return any((Path(folder) / name).is_file() for name in ("config.json", "modules.json"))
+
+
+def open_model(
+    folder: str | Path,
+    *,
+    precision: Precision | None = None,
+    device: torch.device | str | None = None,
+) -> Model:
+    """Load a retriever for inference.
+
+    Args:
+        precision: default fp32; on a GPU bf16 for a folder of ours, the folder's own type for one
+            of sentence-transformers.
+        device: default the GPU where there is one.
+
+    Raises:
+        UserError: no model folder, weights or tokenizer missing, a mask that is not the declared
+            one, an unknown precision, or sentence-transformers is needed and not installed.
+    """
+    if not is_model(folder):
+        raise UserError(f"{folder}: not a model folder (config.json is missing)")
+    if precision is not None and precision not in PRECISIONS:
+        raise UserError(
+            f"precision '{precision}' is none{nearest(precision, PRECISIONS)}; "
+            f"there are {', '.join(PRECISIONS)}"
+        )
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = PRECISIONS[precision] if precision else None
+    if _is_ours(Path(folder)):
+        default = torch.bfloat16 if device.type == "cuda" else torch.float32
+        encoder = Encoder.from_pretrained(folder, dtype=dtype or default, device=device)
+        return OurModel(encoder, folder)
+    return OtherModel(folder, dtype, device)
+
+
+class OurModel(Model):
+    """Texts are packed; on a CPU chunks run side by side, each on one thread, so that the bits of a
+    vector depend neither on the number of threads nor on the chunk it comes in."""
+
+    unit = "tokens"
+
+    def __init__(self, encoder: Encoder, folder: str | Path) -> None:
+        self.encoder, self.path = encoder, str(folder)
+        self.dim, self.trained_dims = encoder.dim, encoder.matryoshka_dims
+        self.max_tokens = encoder.max_tokens
+        self.longest = encoder.backbone.config.max_position_embeddings
+        self.compute_dtype = _name(next(encoder.parameters()).dtype)
+
+    def prepare(self, texts: Sequence[str], kind: Kind, max_tokens: int) -> list[list[int]]:
+        return self.encoder.tokenize(texts, kind, max_tokens)
+
+    def embed(
+        self,
+        prepared: Sequence[list[int]],
+        kind: Kind,
+        max_tokens: int,
+        dim: int,
+        token_budget: int,
+    ) -> np.ndarray:
+        if self.encoder.device.type != "cpu":
+            return self.encoder.embed(prepared, dim=dim, token_budget=token_budget)
+        order = sorted(range(len(prepared)), key=lambda i: len(prepared[i]))
+        lengths = [len(prepared[i]) for i in order]
+        vectors_BD = np.empty((len(prepared), dim), np.float32)
+
+        def fill(chunk: list[int]) -> None:
+            rows = [order[i] for i in chunk]
+            vectors_BD[rows] = self.encoder.embed(
+                [prepared[i] for i in rows], dim=dim, token_budget=sys.maxsize
+            )
+
+        with _one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
+            needed = count_chunks(lengths, token_budget)
+            chunks = even_chunks(lengths, max(needed, min(workers, len(prepared))))
+            list(pool.map(fill, chunks))
+        return vectors_BD
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.encoder.tokenize([text], "document", sys.maxsize)[0])
+
+
+class OtherModel(Model):
+    """A folder of sentence-transformers, with its own prompts for queries and documents."""
+
+    unit = "characters"
+
+    def __init__(self, folder: str | Path, dtype: torch.dtype | None, device: torch.device) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise UserError(
+                f"{folder} is neither llama nor eurobert; pip install sentence-transformers to "
+                "use it"
+            ) from None
+        try:
+            self.retriever: Any = SentenceTransformer(
+                str(folder), device=str(device), local_files_only=True
+            )
+            if dtype is not None:
+                self.retriever.to(dtype)
+            probe = self.retriever.encode_document(
+                ["width"], show_progress_bar=False, convert_to_numpy=True
+            )
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{folder}: sentence-transformers cannot load the model: {reason}"
+            ) from error
+        self.path, self.dim = str(folder), probe.shape[1]
+        self.trained_dims = (self.dim,)
+        limit = self.retriever.max_seq_length
+        self.longest = int(min(_positions(self.retriever) or sys.maxsize, 2**31))
+        self.max_tokens = int(limit or self.longest)
+        self.longest = max(self.longest, self.max_tokens)
+        self.compute_dtype = _name(next(self.retriever.parameters()).dtype)
+
+    def prepare(self, texts: Sequence[str], kind: Kind, max_tokens: int) -> Sequence[str]:
+        return texts
+
+    def embed(
+        self,
+        prepared: Sequence[str],
+        kind: Kind,
+        max_tokens: int,
+        dim: int,
+        token_budget: int,
+    ) -> np.ndarray:
+        call = self.retriever.encode_query if kind == "query" else self.retriever.encode_document
+        self.retriever.max_seq_length = max_tokens
+        vectors_BD = call(
+            list(prepared),
+            batch_size=max(1, token_budget // max_tokens),
+            show_progress_bar=False,
+            convert_to_numpy=True,
+        ).astype(np.float32)[:, :dim]
+        norms_B1 = np.linalg.norm(vectors_BD, axis=1, keepdims=True)
+        unit_BD: np.ndarray = vectors_BD / np.maximum(norms_B1, 1e-12)
+        return unit_BD
+
+    def count_tokens(self, text: str) -> int:
+        prompts = self.retriever.prompts
+        prompt = next((prompts[name] for name in DOCUMENT_PROMPTS if prompts.get(name)), "")
+        return len(self.retriever.tokenizer(prompt + text, verbose=False)["input_ids"])
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """Operations run on one thread; yields how many of them may run side by side.
+
+    torch's CPU products sum in another order when several threads share one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether `Encoder` runs the folder whole: the architecture, and no module besides."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if Path(error.filename).name == "config.json":
+            return False
+        modules = []
+    except ValueError as error:
+        raise UserError(f"{folder}: config.json or modules.json is no JSON: {error}") from None
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    return config.get("model_type") in OUR_TYPES and all(kind in OUR_MODULES for kind in kinds)
+
+
+def _positions(retriever: Any) -> int | None:
+    config = getattr(getattr(retriever[0], "auto_model", None), "config", None)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
