@@ -16,13 +16,17 @@ Rows = list[Row]
 
 
 def tables(results: Results) -> list[Table]:
-    """For the console: of one dataset its table, of several the summary."""
+    """For the console: of one dataset its figures and their intervals, of several the summary."""
     if len(results.datasets) > 1:
         title = f"{results.dataset}: {results.metrics[0]}, {results.num_queries:,} queries"
         return [_rich(title, *_summary(results, "[bold]", "[/bold]"))]
+    ((name, found),) = results.datasets.items()
+    header, body = _dataset(results, found, "[bold]", "[/bold]")
+    figures = 2 + len(results.metrics)  # the columns that fit a terminal together
+    sure = [(row[0], row[2], *row[figures:]) for row in body if row[figures]]
     return [
-        _rich(_title(name, found), *_dataset(results, found, "[bold]", "[/bold]"))
-        for name, found in results.datasets.items()
+        _rich(_title(name, found), header[:figures], [row[:figures] for row in body]),
+        _rich("how sure that is", (header[0], header[2], *header[figures:]), sure),
     ]
 
 
