@@ -340,6 +340,11 @@ def _whole_vectors(folder: Path, meta: IndexMeta, rerank: bool | None) -> Vector
             soft_wrap=True,
         )
         return None
+    if not source.is_dir():
+        raise UserError(
+            f"{source}, the vectors that {folder} was built from, are not there to re-rank with; "
+            "bring them back or leave --rerank out"
+        )
     vectors_ND, manifest = open_vectors(source)
     if manifest_sha256(manifest) != meta.vectors_sha256:
         raise UserError(

@@ -171,7 +171,9 @@ def test_vectors_that_changed_or_went(world, built, tmp_path, save_vectors, caps
     assert load().vectors is None
     said = " ".join(capsys.readouterr().err.split())
     assert said == f"{own}: {source} is not there, so nothing is re-ranked"
-    with pytest.raises(UserError, match=r"vectors is no vectors folder"):
+    with pytest.raises(
+        UserError, match=r"vectors, the vectors that .*own was built from, are not there"
+    ):
         load(rerank=True)
     save_vectors(source, np.eye(DIM, dtype=np.float32))
     with pytest.raises(UserError, match=r"vectors holds other vectors than .* --no-rerank"):
