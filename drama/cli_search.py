@@ -49,7 +49,7 @@ def index(
     auto    flat up to 200,000 documents, hnsw while its graph fits into half of the
             memory, else rabitq
     flat    compares every vector: exact
-    hnsw    a graph over whole vectors: fastest, largest
+    hnsw    a graph over whole vectors: misses least of the fast ones, largest
     ivf     whole vectors in lists, of which some are read
     int8    8 bits a number, every document compared
     pq      a byte for four numbers, in lists
