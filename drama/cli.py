@@ -28,7 +28,7 @@ SECTIONS = {
     "From LLM and text to a retriever": ["prune", "shard", "plan", "teach", "average"],
     "Look after data": ["shards", "verify", "merge", "convert"],
     "Use it": ["export", "encode", "index", "search"],
-    "Judge it": ["evaluate", "report"],
+    "Judge it": ["evaluate", "needle", "report"],
 }
 TRAIN_HELP = """
     drama prune ──▶ backbone ─┐

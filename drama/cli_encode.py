@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+from drama.console import console
+from drama.errors import UserError
 
 FOLDER = click.Path(path_type=Path)
 PRECISION = click.Choice(["fp32", "bf16", "fp16"])
@@ -59,4 +63,78 @@ def encode(corpus: Path, model: Path, out: Path, **options: Any) -> None:
     encode_corpus(corpus, model, out, **options)
 
 
-COMMANDS = (encode,)
+def _lengths(context: click.Context, option: click.Parameter, value: str | None) -> list[int]:
+    """256,1k,32k to numbers; k is 1,024."""
+    lengths = []
+    for word in (value or "").split(","):
+        number, unit = word.strip().lower().removesuffix("k"), word.strip().lower().endswith("k")
+        if value is not None and not number.isdigit():
+            raise UserError(f"--lengths: '{word}' is no length; write 256,1k,32k")
+        lengths += [int(number) * (1024 if unit else 1)] if number else []
+    return lengths
+
+
+@click.command()
+@click.option("--model", type=FOLDER, required=True)
+@click.option(
+    "--text",
+    "texts",
+    type=FOLDER,
+    multiple=True,
+    required=True,
+    help="Any text or records; give it several times.",
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["needle", "passkey"]),
+    default="needle",
+    show_default=True,
+    help="A fact or a number to find.",
+)
+@click.option(
+    "--lengths",
+    callback=_lengths,
+    metavar="256,1k,...",
+    help="Tokens. Default: 256, doubled as far as the model's limit or 32k.",
+)
+@click.option(
+    "--depths",
+    default="0,25,50,75,100",
+    show_default=True,
+    metavar="PERCENT,...",
+    help="Where the needle is.",
+)
+@click.option(
+    "--documents",
+    "num_documents",
+    type=click.IntRange(2),
+    default=20,
+    show_default=True,
+    help="Texts, and queries, of each length and depth.",
+)
+@click.option("--max-tokens", type=click.IntRange(2), help="Cut texts here; default the model's.")
+@click.option("--precision", type=PRECISION, help="To compute in; as for drama encode.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--out", type=FOLDER, help="Keep figures, table and heat map here.")
+def needle(model: Path, texts: Sequence[Path], depths: str, **options: Any) -> None:
+    """Test long context: find one sentence in texts of 256 to 32k tokens.
+
+    Texts of a length and depth are equal but for the sentence, so a model that does not see it
+    finds the right one by chance. Started again with --out, it goes on where it was stopped.
+
+    \b
+    drama needle --model ./retriever --text data/demo/calibration.txt.gz --out needle
+    drama needle --model ./retriever --text book.txt --kind passkey --lengths 1k,8k,32k
+    """
+    from drama.retrieve.needle import find_needles
+
+    words = depths.split(",")
+    if not all(word.strip().isdigit() for word in words):
+        raise UserError(f"--depths: '{depths}' must be numbers from 0 to 100, with commas between")
+    results = find_needles(model, texts, depths=[int(word) for word in words], **options)
+    console.print(results.table())
+    accuracy, mrr = results.chance
+    console.print(f"accuracy@1 by depth; by chance {accuracy:.3f}, MRR {mrr:.3f}", highlight=False)
+
+
+COMMANDS = (encode, needle)

@@ -217,6 +217,33 @@ def _counted_bars(axes: Axes, places_N: np.ndarray, heights_N: np.ndarray, width
         axes.bar_label(bars, labels, padding=2, fontsize=9, color=INK)
 
 
+def heat_map(
+    title: str,
+    x: Sequence[str],
+    y: Sequence[str],
+    values_YX: np.ndarray,
+    *,
+    x_label: str,
+    y_label: str,
+) -> Figure:
+    """A field a value, 0 to 1, from light to dark, with the value in it; NaN leaves it empty."""
+    inches = max(SIZE[0], 1.4 + 0.62 * len(x)), 1.3 + 0.4 * len(y)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(title, y_label, "g", inches)
+        axes.imshow(values_YX, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
+        axes.grid(visible=False)
+        axes.set_xlabel(x_label)
+        axes.set_xticks(range(len(x)), x)
+        axes.set_yticks(range(len(y)), y)
+        for (row, column), value in np.ndenumerate(values_YX):
+            if np.isfinite(value):
+                colour = "white" if value > 0.6 else INK
+                axes.text(
+                    column, row, f"{value:.2f}", color=colour, ha="center", va="center", size=9
+                )
+    return figure
+
+
 def svg(figure: Figure) -> str:
     """The figure as an `<svg>` element."""
     buffer = io.StringIO()

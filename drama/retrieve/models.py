@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from drama.data.packing import count_chunks, even_chunks
 from drama.encoder import Encoder
@@ -215,6 +216,7 @@ class OtherModel(Model):
                 f"{folder} is neither llama nor eurobert; pip install sentence-transformers to "
                 "use it"
             ) from None
+        _check_tokenizer(Path(folder))
         try:
             self.retriever: Any = SentenceTransformer(
                 str(folder), device=str(device), local_files_only=True
@@ -224,7 +226,7 @@ class OtherModel(Model):
             probe = self.retriever.encode_document(
                 ["width"], show_progress_bar=False, convert_to_numpy=True
             )
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"{folder}: sentence-transformers cannot load the model: {reason}"
@@ -293,6 +295,17 @@ def _is_ours(folder: Path) -> bool:
         raise UserError(f"{folder}: config.json or modules.json is no JSON: {error}") from None
     kinds = [module["type"].rpartition(".")[2] for module in modules]
     return config.get("model_type") in OUR_TYPES and all(kind in OUR_MODULES for kind in kinds)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """transformers would make up an empty one for some architectures.
+
+    Raises:
+        UserError: no file of a vocabulary, neither in the folder nor in that of the first module.
+    """
+    names = ("tokenizer.json", "vocab.*", "*.model")
+    if not any(path for at in ("", "0*/") for name in names for path in folder.glob(at + name)):
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json is missing); copy it there")
 
 
 def _positions(retriever: Any) -> int | None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +12,20 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from transformers import BertConfig, BertModel
 
+from drama.distributed import free_port
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.retrieve import fill
+from drama.retrieve.corpus import Corpus
 from drama.retrieve.encode import encode_corpus
 from drama.retrieve.vectors import read_vectors
+from drama.testing import byte_tokenizer, run_deepspeed
+
+LAUNCHER = Path(__file__).parents[2] / "launchers" / "encode.py"
 
 
 def test_vectors_equal_each_text_encoded_alone(dataset, model, tmp_path):
@@ -59,14 +69,7 @@ encode_corpus(*sys.argv[1:4], window=8)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(jsonl, model, tmp_path):
-    words = ["tide", "moon", "honey", "yeast", "magma", "virus", "leaf", "ocean", "bread", "bee"]
-    corpus = jsonl(
-        "many.jsonl",
-        [
-            {"_id": f"d{i}", "text": " ".join(words[(i * j) % 10] for j in range(1, 3 + i % 60))}
-            for i in range(640)
-        ],
-    )
+    corpus = _many(jsonl)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, "-c", SCRIPT, str(corpus), str(model), str(killed)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -91,8 +94,7 @@ def test_a_killed_run_resumes_to_the_same_bits(jsonl, model, tmp_path):
     resumed.flush()
 
     encode_corpus(corpus, model, whole, window=8)
-    for name in ("vectors.npy", "ids.txt", "manifest.json"):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    _assert_same(whole, killed)
 
 
 def _windows_done(folder: Path) -> int:
@@ -209,6 +211,222 @@ def test_a_model_that_gives_nan(dataset, make_model, tmp_path):
     model.save_pretrained(broken)
     with pytest.raises(UserError, match=r"model-3 gives a vector with NaN for document 'd1'"):
         encode_corpus(dataset, broken, tmp_path / "v")
+
+
+def test_the_holes_that_several_ranks_leave_are_filled(jsonl, model, tmp_path):
+    """And nothing else: what is marked as done stays as it is."""
+    corpus, whole, folder = _many(jsonl), tmp_path / "whole", tmp_path / "v"
+    encode_corpus(corpus, model, whole, window=60)  # the last window has 40 documents
+    shutil.copytree(whole, folder)
+    inputs = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    (folder / "progress.json").write_text(json.dumps({"inputs": inputs}))
+    done = [1, 0, 0, 1, 1, 0, 1, 1, 1, 1, 0]
+    (folder / "done.bin").write_bytes(bytes(done))
+    stored = np.load(folder / "vectors.npy", mmap_mode="r+")
+    for number, is_done in enumerate(done):
+        rows = slice(60 * number, 60 * number + 60)
+        stored[rows] = stored[rows][::-1] if is_done else 0
+    stored.flush()
+    filled = encode_corpus(corpus, model, folder, window=60).vectors_ND
+    want = np.load(whole / "vectors.npy")
+    for number, is_done in enumerate(done):
+        rows = slice(60 * number, 60 * number + 60)
+        np.testing.assert_array_equal(filled[rows], want[rows][::-1] if is_done else want[rows])
+    assert not (folder / "done.bin").exists()
+
+
+@pytest.mark.slow
+def test_too_many_ranks_or_too_few_windows_hurt_nobody(dataset, model, tmp_path):
+    """Three ranks, one window: two of them have nothing to do."""
+    done = run_deepspeed(
+        LAUNCHER, str(dataset), "--model", str(model), "--out", str(tmp_path / "v"), num_ranks=3
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "v: 8 vectors of width 64" in done.stdout + done.stderr
+    encode_corpus(dataset, model, tmp_path / "alone")
+    _assert_same(tmp_path / "alone", tmp_path / "v")
+
+
+def _many(jsonl) -> Path:
+    words = ["tide", "moon", "honey", "yeast", "magma", "virus", "leaf", "ocean", "bread", "bee"]
+    rows = [
+        {"_id": f"d{i}", "text": " ".join(words[(i * j) % 10] for j in range(1, 3 + i % 60))}
+        for i in range(640)
+    ]
+    return jsonl("many.jsonl", rows)
+
+
+def _assert_same(one: Path, other: Path) -> None:
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+    for path in one.iterdir():
+        assert path.read_bytes() == (other / path.name).read_bytes(), path.name
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_and_other_ranks_that_go_on(jsonl, model, tmp_path):
+    """Two ranks, one of which dies; then one process; the bits of one that was never stopped."""
+    corpus, folder = _many(jsonl), tmp_path / "v"
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")), "--no_local_rank", "--num_gpus", "2",
+        "--master_port", str(free_port()), str(LAUNCHER), str(corpus),
+        "--model", str(model), "--out", str(folder), "--window", "8",
+    ]  # fmt: skip
+    launcher = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+    )  # fmt: skip
+    while launcher.poll() is None and _windows_done(folder) < 3:
+        time.sleep(0.002)
+    ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if _is_rank(p)]
+    assert len(ranks) == 2
+    ranks[-1].kill()
+    assert launcher.wait(timeout=120) != 0
+    before = np.frombuffer((folder / "done.bin").read_bytes(), np.uint8)
+    assert 3 <= before.sum() < 80
+    stored = np.load(folder / "vectors.npy")
+    lost = np.abs(stored.reshape(80, 8, 64)).max((1, 2)).astype(bool) & (before == 0)
+    assert lost.sum() <= 2  # at most one window a rank was written and not recorded
+
+    encode_corpus(corpus, model, folder, window=8)
+    encode_corpus(corpus, model, tmp_path / "whole", window=8)
+    _assert_same(tmp_path / "whole", folder)
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        command = process.cmdline()
+        return "launchers/encode.py" in " ".join(command) and "deepspeed" not in " ".join(command)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["deepspeed 1", "deepspeed 2", "deepspeed 3", "torchrun 2"])
+def test_ranks_do_not_show(jsonl, model, tmp_path, start):
+    corpus, (program, number) = _many(jsonl), start.split()
+    options = [str(corpus), "--model", str(model), "--out", str(tmp_path / "v"), "--window", "16"]
+    if program == "deepspeed":
+        done = run_deepspeed(LAUNCHER, *options, num_ranks=int(number))
+    else:
+        torchrun = str(Path(sys.executable).with_name("torchrun"))
+        done = subprocess.run(
+            [torchrun, "--nproc_per_node", number, "--master_port", str(free_port()),
+             str(LAUNCHER), *options],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    encode_corpus(corpus, model, tmp_path / "alone", window=16)
+    _assert_same(tmp_path / "alone", tmp_path / "v")
+
+
+@pytest.mark.slow
+def test_a_fault_on_many_ranks_is_one_line(jsonl, model, tmp_path):
+    corpus = jsonl("twice.jsonl", [{"_id": "a", "text": "x"}] * 2)
+    done = run_deepspeed(LAUNCHER, str(corpus), "--model", str(model), "--out", str(tmp_path / "v"))
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert said.count("twice.jsonl:2: document 'a' stands in the corpus twice") == 1
+    assert "Traceback" not in said
+
+
+def test_what_a_killed_run_left_damaged_is_refused_or_replaced(jsonl, model, tmp_path, monkeypatch):
+    corpus, folder = _many(jsonl), tmp_path / "v"
+    embed, calls = Encoder.embed, []
+
+    def stopping(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return embed(*arguments, **options)
+
+    def leave(name: str) -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Encoder, "embed", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                encode_corpus(corpus, model, folder, window=64, token_budget=10**6)
+        assert 0 < _windows_done(folder) <= 3
+        return folder / name
+
+    faults = {
+        "vectors.npy": r"v/vectors\.npy cannot be read .*encode again with --overwrite",
+        "ids.txt": r"v/ids\.txt holds \d+ ids for 640 vectors; encode again with --overwrite",
+        "done.bin": r"v/done\.bin is damaged; encode again with --overwrite",
+        "progress.json": r"v/progress\.json is not readable JSON",
+    }
+    for name, message in faults.items():
+        path = leave(name)
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+        with pytest.raises(UserError, match=message):
+            encode_corpus(corpus, model, folder, window=64, token_budget=10**6)
+        if name != "progress.json":
+            path.unlink()
+            with pytest.raises(UserError, match=rf"v/{name} "):
+                encode_corpus(corpus, model, folder, window=64, token_budget=10**6)
+    encode_corpus(corpus, model, tmp_path / "w", window=64, token_budget=10**6)
+    encode_corpus(corpus, model, folder, window=64, token_budget=10**6, overwrite=True)
+    _assert_same(tmp_path / "w", folder)
+
+
+def test_a_finished_folder_that_is_damaged_is_refused_or_replaced(dataset, model, tmp_path):
+    folder, whole = tmp_path / "v", tmp_path / "whole"
+    encode_corpus(dataset, model, whole)
+
+    def put_nan(path: Path) -> None:
+        stored = np.load(path, mmap_mode="r+")
+        stored[3] = np.nan
+        stored.flush()
+
+    def flip(path: Path) -> None:
+        path.write_text(path.read_text().replace('"dim": 64', '"dim": 65'))
+
+    for name, damage, message in (
+        ("vectors.npy", lambda path: os.truncate(path, 900), "cannot be read"),
+        ("vectors.npy", put_nan, "vector of document 'd4' is not finite; encode again with --over"),
+        ("ids.txt", Path.unlink, "ids.txt cannot be read .*encode again with --overwrite"),
+        ("manifest.json", flip, r"vectors of other inputs \(dim 65, not 64\)"),
+        ("manifest.json", lambda path: os.truncate(path, 40), "is not readable JSON"),
+    ):
+        shutil.copytree(whole, folder)
+        damage(folder / name)
+        with pytest.raises(UserError, match=message):
+            encode_corpus(dataset, model, folder)
+        encode_corpus(dataset, model, folder, overwrite=True)
+        _assert_same(whole, folder)
+        shutil.rmtree(folder)
+
+
+def test_a_corpus_that_changes_meanwhile(jsonl, model, tmp_path, monkeypatch):
+    corpus, scan = _many(jsonl), Corpus.scan
+
+    def cut(path):
+        found = scan(path)
+        lines = corpus.read_text().splitlines(keepends=True)
+        corpus.write_text("".join(lines[:30]))
+        return found
+
+    monkeypatch.setattr(Corpus, "scan", cut)
+    with pytest.raises(UserError, match=r"many\.jsonl has changed since it was read"):
+        encode_corpus(corpus, model, tmp_path / "v", window=16)
+
+
+def test_a_model_of_sentence_transformers(dataset, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    config = BertConfig(
+        vocab_size=260, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, initializer_range=0.2,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    model = library.SentenceTransformer(str(tmp_path / "bert"), device="cpu")
+    model.save(str(tmp_path / "st"))
+    vectors = encode_corpus(dataset, tmp_path / "st", tmp_path / "v", window=3, dim=8)
+    rows = [json.loads(line) for line in (dataset / "corpus.jsonl").read_text().splitlines()]
+    want = model.encode([f"{row['title']} {row['text']}".strip() for row in rows])[:, :8]
+    want /= np.linalg.norm(want, axis=1, keepdims=True)
+    np.testing.assert_allclose(vectors.vectors_ND, want, atol=1e-6)
 
 
 def _edit_manifest(folder: Path, **values: object) -> None:
