@@ -139,7 +139,7 @@ def make_haystacks(
 
         def text_of(size: int, sentence: str = sentence) -> str:
             at = size if depth >= 1 else _sentence_end(filler, round(size * depth))
-            parts = (filler[:at].strip(), sentence, filler[at:size].strip())
+            parts = (filler[:at], sentence, filler[at:size])
             return "\n".join(part for part in parts if part)
 
         guess = _fit(lambda size: count(text_of(size)), length, guess, len(filler))

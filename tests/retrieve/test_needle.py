@@ -84,12 +84,25 @@ def test_a_model_that_sees_finds_and_a_blind_one_guesses(text, tmp_path):
     assert blind.chance == pytest.approx((1 / 12, sum(1 / r for r in range(1, 13)) / 12))
 
 
-def test_random_weights_are_near_chance(text, model):
-    """A real forward with nothing learned: a byte model, last token, 5 cells of 40 texts."""
-    results = find_needles(model, [text], lengths=[256], num_documents=40)
+def test_queries_that_have_nothing_to_do_with_the_texts_are_at_chance(text, make_model):
+    """Texts by one random model, queries by another. One random model for both is above chance:
+    what it does with a name it does on both sides."""
+
+    class Strangers(OurModel):
+        def embed(self, prepared, kind, *arguments):
+            encoder = self.encoder
+            self.encoder = other if kind == "query" else encoder
+            try:
+                return super().embed(prepared, kind, *arguments)
+            finally:
+                self.encoder = encoder
+
+    folders = make_model(1), make_model(2)
+    own, other = (Encoder.from_pretrained(folder) for folder in folders)
+    results = find_needles(Strangers(own, folders[0]), [text], lengths=[256], num_documents=40)
     accuracy = np.mean([cell.accuracy for cell in results.cells])
-    # 200 queries, 1 in 40 by chance: 6 standard deviations are 0.066
-    assert abs(accuracy - 1 / 40) < 0.066
+    # 200 queries, 1 in 40 by chance: 5 standard deviations are 0.055
+    assert abs(accuracy - 1 / 40) < 0.055
 
 
 def test_what_is_cut_off_cannot_be_found(text, tmp_path):
@@ -114,8 +127,9 @@ def test_haystacks_differ_in_the_needle_alone_and_are_exact(text, model, depth):
             assert filler.startswith(before.strip())
             assert after.strip() in filler
             place = len(before) / (len(found) - len(sentence))
-            assert depth - 200 / length <= place <= depth + 0.01
-            assert before.strip() == "" or depth == 1 or before.rstrip()[-1] == "."
+            assert depth - 200 / length <= place <= depth + 0.02
+            if 0 < depth < 1 and length == 1000:  # not far before it a sentence ends
+                assert before.rstrip()[-1] == "."
 
 
 def test_a_text_without_spaces_is_cut_at_the_depth(model):
