@@ -6,7 +6,7 @@ packed. See `fill.py` for the order of the work and `docs/encoding.md` for what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -63,6 +63,9 @@ def encode_corpus(
     for name, value in (("token_budget", token_budget), ("window", window)):
         if value < 1:
             raise UserError(f"{name} {value} must be at least 1")
+    on_main: Callable[[Callable[[], None]], None] = _call if ranks is None else ranks.on_main
+    scanned: list[Corpus] = []
+    on_main(lambda: scanned.append(Corpus.scan(corpus_path)))  # its faults before a slow load
     if not isinstance(model, Model):
         device = None if ranks is None else ranks.device
         model = open_model(model, precision=precision, device=device)
@@ -70,7 +73,7 @@ def encode_corpus(
     width, limit = opened.check_dim(dim), opened.check_max_tokens(max_tokens)
 
     def begin() -> None:
-        corpus = Corpus.scan(corpus_path)
+        (corpus,) = scanned
         manifest = VectorsManifest(
             model=str(Path(opened.path).resolve()),
             model_sha256=opened.sha256,
@@ -87,10 +90,7 @@ def encode_corpus(
         )
         begin_vectors(folder, manifest, corpus.ids, overwrite=overwrite)
 
-    if ranks is None:
-        begin()
-    else:
-        ranks.on_main(begin)
+    on_main(begin)
     corpus_file = Path(inputs_of(folder).corpus)
 
     def windows(numbers: Iterable[int]) -> Iterator[Window]:
@@ -107,3 +107,7 @@ def encode_corpus(
         ranks=ranks,
     )
     return read_vectors(folder, values=ranks is None or ranks.is_main)
+
+
+def _call(work: Callable[[], None]) -> None:
+    work()
