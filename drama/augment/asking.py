@@ -21,6 +21,7 @@ from drama.console import console
 from drama.errors import UserError
 
 R = TypeVar("R")
+CUT = "answers cut off"  # at `max_tokens`
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class Talk:
         self._llm = llm
         self.counts: Counter[str] = Counter()
 
-    async def ask(self, request: Request) -> str | Dropped:
-        """The text of an answer, or that there is none.
+    async def ask(self, request: Request, *, whole: bool = False) -> str | Dropped:
+        """The text of an answer, or that there is none. whole: one that was cut off is none.
 
         Raises:
             UserError: as `LLM.ask`.
@@ -131,7 +132,9 @@ class Talk:
         self.counts["prompt tokens"] += outcome.prompt_tokens
         self.counts["completion tokens"] += outcome.completion_tokens
         if outcome.finish_reason == "length":
-            self.counts["answers cut off"] += 1
+            self.counts[CUT] += 1
+            if whole:
+                return Dropped("answer cut off")
         return outcome.text
 
 

@@ -41,8 +41,9 @@ from drama.data.writer import cut_back
 from drama.errors import UserError
 from drama.files import locked, replacing
 
-FORMAT = 1  # of the journal and of what a step becomes
+FORMAT = 2  # of the journal and of what a step becomes
 JOURNAL_EVERY_S = 5.0
+SAY_EVERY_S = 60.0  # where no bar is drawn, as in a log
 EXAMPLES, EXAMPLE_CHARS = 10, 300
 SHOWN_CHARS = 60  # of a value that differs
 RECORDS, QUERIES, JOURNAL, LOCK = "records.jsonl", "queries.bin", "journal.json", ".lock"
@@ -172,7 +173,8 @@ class Job:
         Raises:
             UserError: not one record was kept; or from the steps, once the position was noted.
         """
-        first, began, noted = self.start, time.monotonic(), time.monotonic()
+        first, began = self.start, time.monotonic()
+        noted = said = began
 
         def line() -> str:
             rate = (self.start - first) / max(time.monotonic() - began, 1e-9)
@@ -187,6 +189,10 @@ class Job:
                         self._take(result)
                     self.tally.counts["llm"].update(step.counts)
                     self.start = step.end
+                    if not console.is_terminal and time.monotonic() - said > SAY_EVERY_S:
+                        told = f"{self.start:,} of {total:,}" if total else f"{self.start:,}"
+                        console.print(f"{self.kind}: {told}, {line()}", markup=False)
+                        said = time.monotonic()
                     if time.monotonic() - noted > JOURNAL_EVERY_S:
                         self._note()
                         noted = time.monotonic()

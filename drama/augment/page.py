@@ -56,7 +56,7 @@ def write_page(
     return write_html(path, title, parts)
 
 
-def write_run(files: Sequence[str | Path], out: str | Path) -> Path:
+def write_run(files: Sequence[str | Path], out: str | Path, title: str = "Augmentation") -> Path:
     """Write the page of several jobs, and the same as JSON beside it; return the page's path.
 
     files: of records, or their report.json.
@@ -78,7 +78,7 @@ def write_run(files: Sequence[str | Path], out: str | Path) -> Path:
     with replacing(out.with_suffix(".json")) as temporary:
         whole = json.dumps({"jobs": jobs}, indent=1, ensure_ascii=False)
         temporary.write_text(whole + "\n", encoding="utf-8")
-    return write_page(reports, out, "Augmentation")
+    return write_page(reports, out, title)
 
 
 def _subtitle(job: Report) -> str:

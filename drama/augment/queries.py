@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from drama.augment import answers
-from drama.augment.asking import Asking, Talk
+from drama.augment.asking import CUT, Asking, Talk
 from drama.augment.corpus import Corpus, CorpusDocument
 from drama.augment.in_order import Done, InOrder, counted
 from drama.augment.job import Dropped, Job, Kept, Step
@@ -26,8 +26,10 @@ from drama.augment.prompts import Prompt
 from drama.augment.tasks import task_kind
 from drama.augment.teacher import Retrieval, Teacher
 from drama.augment.windows import PAPER, Windows
+from drama.data.records import content_id
 
 BATCH = 256  # documents whose queries are searched, and written, together
+SEEDS = 2**31 - 1  # what every server takes
 Written = tuple[CorpusDocument, answers.Query | Dropped]
 
 
@@ -51,12 +53,17 @@ def make_queries(
 
     async def work(item: CorpusDocument, talk: Talk) -> Written:
         text = item.document.full_text
-        answer = await talk.ask(asking.request(query_messages(prompt, text, max_chars)))
+        # its own seed: with one for all, a server draws alike at each place of every answer
+        index = int(content_id(item.document.title, item.document.text), 16) & SEEDS
+        messages = query_messages(prompt, text, max_chars)
+        answer = await talk.ask(asking.request(messages, index=index))
         if isinstance(answer, Dropped):
             return item, answer
         query = answers.parse_query(answer, text, examples)
         if isinstance(query, answers.Dropped):
             return item, Dropped(query.reason)
+        if talk.counts[CUT] and not query.language:  # the line after the query never came
+            return item, Dropped("answer cut off")
         return dataclasses.replace(item, lang=item.lang or query.language), query
 
     about = {

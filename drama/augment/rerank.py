@@ -8,7 +8,7 @@ window.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from drama.data.sources import Source
 from drama.errors import UserError
 
 BATCH = 256  # queries that are searched, and written, together
+OWN_KINDS = ("query", "crop")  # what stands before the document's id in `query_id`
 NOT_RANKED = "windows without an order, left as they were"
 REPAIRED = "orders repaired"
 
@@ -131,11 +132,29 @@ async def _reordered(
     if windows.dropped == asked and len(texts) != 1:  # the teacher's order is not the model's
         return fault
     talk.counts[NOT_RANKED] += windows.dropped
-    return ranked_pair(
+    own = _own_place(row, corpus)
+    kept = ranked_pair(
         corpus,
         options.windows,
         row.record,
-        None,
+        None if own is None else int(corpus.contents[row.numbers[own]]),
         [row.numbers[place] for place in windows.order],
         [row.scores[place] for place in windows.order],
     )
+    if isinstance(kept, Dropped) or not _own_id(row.record):
+        return kept
+    # the teacher's rank, as all kinds report it, not the model's
+    return replace(kept, own_rank=0 if own is None else own + 1)
+
+
+def _own_place(row: _Ranked, corpus: Corpus) -> int | None:
+    """Where the teacher has the document that the query was made from."""
+    ids = [corpus[number].document.id for number in row.numbers]
+    own = _own_id(row.record)
+    return ids.index(own) if own and own in ids else None
+
+
+def _own_id(record: Record) -> str:
+    """The id of the document that a query of ours was made from; "" for other queries."""
+    kind, _, own = (record.query_id or "").partition(":")
+    return own if kind in OWN_KINDS else ""

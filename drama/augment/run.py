@@ -23,7 +23,7 @@ from drama.augment.endpoint import ALIVE_S, Endpoint
 from drama.augment.given import Given
 from drama.augment.llm import IncompleteError
 from drama.augment.mine import mine
-from drama.augment.page import write_page
+from drama.augment.page import write_run
 from drama.augment.patience import Limits
 from drama.augment.plan import Plan, make_plan
 from drama.augment.prompts import Prompt
@@ -165,12 +165,12 @@ class _Run:
             self._rerank(name, retrieval)
         self._triplets()
         shards = self._shards()
-        page = write_page(
-            list(self.reports.items()),
+        page = write_run(
+            [self.out(name) for name in self.reports],
             self.output / "augment.html",
             f"Augmentation {self.recipe.name}",
         )
-        _say(f"{page}: what was kept, and examples")
+        _say(f"{page}: what was kept, and examples; {page.with_suffix('.json').name} has the same")
         _say(f"next: deepspeed launchers/train.py --recipe RECIPE --set 'data.shards=[{shards}]'")
         return shards
 
@@ -260,6 +260,8 @@ class _Run:
             dropped = ", ".join(f"{why} {count:,}" for why, count in report["dropped"].items())
             text = f"{name}: {report['records']:,} records of {report['read']:,}"
             _say(f"{text}; dropped: {dropped}" if dropped else text)
+            if bare := report["negatives"].get("0", 0):
+                _say(f"  without a hard negative: {bare:,}; the corpus is short for these ranks")
 
     def _asking(self, options: DrawnRecipe) -> Asking:
         llm = self.recipe.llm

@@ -87,7 +87,7 @@ def make_triplets(out: str | Path, asking: Asking, options: TripletOptions) -> d
     async def triplet(index: int, subject: Subject, task: str, talk: Talk) -> Kept | Dropped:
         form = draw(asking.seed, index, options.languages)
         messages = triplet_messages(prompt, task, form)
-        answer = await talk.ask(asking.request(messages, index=index, schema=SCHEMA))
+        answer = await talk.ask(asking.request(messages, index=index, schema=SCHEMA), whole=True)
         if isinstance(answer, Dropped):
             return answer
         read = answers.parse_triplet(answer, form.language, examples)

@@ -160,7 +160,8 @@ def _common_name(datasets: Sequence[Dataset]) -> str:
 def _baseline(systems: dict[str, System], against: str | Path | None) -> str | None:
     """The name of the system to compare with; a run file becomes one more system."""
     if against is None:
-        return "bm25" if "bm25" in systems and len(systems) > 1 else None
+        lexical = [name for name, system in systems.items() if system.spec == "bm25"]
+        return lexical[0] if lexical and len(systems) > 1 else None
     if str(against) in systems:
         return str(against)
     if not Path(against).is_file() and "{dataset}" not in str(against):

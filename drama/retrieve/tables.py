@@ -17,17 +17,23 @@ Rows = list[Row]
 
 def tables(results: Results) -> list[Table]:
     """For the console: of one dataset its figures and their intervals, of several the summary."""
+    marks = ("[bold]", "[/bold]")
     if len(results.datasets) > 1:
         title = f"{results.dataset}: {results.metrics[0]}, {results.num_queries:,} queries"
-        return [_rich(title, *_summary(results, "[bold]", "[/bold]"))]
+        first = _rich(title, *_summary(results, *marks))
+        return [first, _sure(results, *_means(results.systems, results, {}, *marks))]
     ((name, found),) = results.datasets.items()
-    header, body = _dataset(results, found, "[bold]", "[/bold]")
+    header, body = _dataset(results, found, *marks)
     figures = 2 + len(results.metrics)  # the columns that fit a terminal together
-    sure = [(row[0], row[2], *row[figures:]) for row in body if row[figures]]
-    return [
-        _rich(_title(name, found), header[:figures], [row[:figures] for row in body]),
-        _rich("how sure that is", (header[0], header[2], *header[figures:]), sure),
-    ]
+    first = _rich(_title(name, found), header[:figures], [row[:figures] for row in body])
+    return [first, _sure(results, header, body)]
+
+
+def _sure(results: Results, header: Row, body: Rows) -> Table:
+    """Our systems' headline metric with its interval and its difference to the baseline."""
+    rest = 2 + len(results.metrics)
+    rows = [(row[0], row[2], *row[rest:]) for row in body if row[rest]]
+    return _rich("how sure that is", (header[0], header[2], *header[rest:]), rows)
 
 
 def markdown(results: Results) -> str:

@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 
 import pytest
+from aiohttp import web
 
 from drama.augment import queries as module
 from drama.augment.asking import Asking
@@ -14,7 +15,7 @@ from drama.augment.llm import IncompleteError
 from drama.augment.patience import Limits
 from drama.augment.queries import make_queries
 from drama.augment.teacher import Retrieval
-from drama.augment.testing import ChatServer, answer_batch, pretend, served
+from drama.augment.testing import ChatServer, answer_batch, completion, pretend, served
 from drama.augment.windows import PAPER, Windows
 from drama.data.sources import Source, read_source
 from drama.errors import UserError
@@ -55,9 +56,25 @@ def test_records_stand_in_the_corpus_order_with_the_papers_ranks(run, server, tm
     assert max(server.paid.values()) == 1
     assert server.most_in_flight <= 16
     body = server.calls[0]
-    assert (body["temperature"], body["seed"], body["max_tokens"]) == (0.8, 0, 256)
+    assert (body["temperature"], body["max_tokens"]) == (0.8, 256)
+    assert len({body["seed"] for body in server.calls}) == 60  # else they would be drawn alike
     run(server.url, windows=PAPER)  # is there already
     assert len(server.calls) == 60
+
+
+def test_of_answers_that_were_cut_off_those_stay_that_got_beyond_the_query(run):
+    async def behave(call):
+        text, cut = pretend(call.prompt), len(call.prompt) % 2
+        body = completion(text.rpartition("\n")[0] if cut else text)
+        body["choices"][0]["finish_reason"] = "length"
+        return web.json_response(body)
+
+    with ChatServer(behave) as server:
+        report = run(server.url)
+        cut = sum(len(body["messages"][-1]["content"]) % 2 for body in server.calls)
+    assert 0 < cut < 60
+    assert report["dropped"] == {"answer cut off": cut}
+    assert report["llm"]["answers cut off"] == 60
 
 
 def test_answers_of_no_use_are_dropped_by_reason(run, tmp_path):

@@ -68,6 +68,29 @@ def test_the_first_of_the_models_order_is_the_positive(run, server, teachers, ll
     assert report["own_ranks"] == {}
 
 
+def test_the_document_that_a_query_was_made_from_is_no_negative(run, server, llm_world, tmp_path):
+    """It is the teacher's first; the pretended model puts it last, among the negatives' ranks."""
+    corpus = [json.loads(x) for x in (llm_world / "c.jsonl").read_text().splitlines()][:12]
+    ids = [row.get("_id") or row["id"] for row in corpus]
+    rows = [
+        {"query": f"{row.get('title', '')} {row['text']}".strip(), "query_id": f"{kind}:{id_}",
+         "positives": [{"id": id_, "text": row["text"]}], "negatives": []}
+        for row, id_, kind in zip(corpus, ids, ["query", "crop", "mine"] * 4, strict=True)
+    ]  # fmt: skip
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run(server.url, records=path)
+    counted = {"kept": 0, "others": 0}
+    for record in read_source(tmp_path / "out.jsonl"):
+        kind, _, own = record.query_id.partition(":")
+        found = own in {document.id for document in record.negatives}
+        assert found == (kind == "mine")
+        counted["others" if kind == "mine" else "kept"] += 1
+    assert counted == {"kept": 8, "others": 4}
+    assert sum(report["own_ranks"].values()) == 8
+    assert report["own_ranks"]["1"] == 8
+
+
 def test_more_passages_go_through_windows(run, teachers, tmp_path):
     def best_first(prompt):
         """Puts the passage with the least text first, and leaves the others to the repair."""

@@ -155,7 +155,7 @@ def test_a_finished_run_does_nothing_more(recipe, tmp_path):
         mix = recipe(server.url, "kinds.rerank=null")
         augment(mix)
     paths = [path for path in mix.output.rglob("*") if path.is_file() and path.name != ".lock"]
-    drawn = ("answers.sqlite", "augment.html")  # the page is drawn every time
+    drawn = ("answers.sqlite", "augment.html", "augment.json")  # the page is drawn every time
     paths = [path for path in paths if not path.name.startswith(drawn)]
     times = {path: path.stat().st_mtime_ns for path in paths}
     augment(mix)  # the server is gone

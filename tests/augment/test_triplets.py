@@ -3,12 +3,13 @@
 from collections import Counter
 
 import pytest
+from aiohttp import web
 
 from drama.augment.asking import Asking
 from drama.augment.grid import draw, draw_subject
 from drama.augment.llm import IncompleteError
 from drama.augment.patience import Limits
-from drama.augment.testing import answer_batch, pretend, served
+from drama.augment.testing import ChatServer, answer_batch, completion, pretend, served
 from drama.augment.triplets import TripletOptions, make_triplets
 from drama.data.sources import read_source
 from drama.errors import UserError
@@ -55,6 +56,16 @@ def test_a_record_for_each_number_in_order(run, server, tmp_path):
     rest = [body for body in server.calls if body not in tasks]
     assert {body["seed"] for body in rest} == set(range(NUMBER))
     assert all(body["response_format"]["type"] == "json_schema" for body in rest)
+
+
+def test_a_triplet_that_was_cut_off_is_none(run):
+    async def behave(call):
+        body = completion(pretend(call.prompt))
+        body["choices"][0]["finish_reason"] = "length"
+        return web.json_response(body)
+
+    with ChatServer(behave) as server, pytest.raises(UserError, match=r"\(answer cut off 5\)"):
+        run(server.url, number=5)
 
 
 def test_a_shorter_run_is_the_beginning_of_a_longer_one(run, server, tmp_path):
