@@ -31,11 +31,11 @@ SECTIONS = {
     "Judge it": ["evaluate", "needle", "report"],
 }
 TRAIN_HELP = """
-    drama prune ──▶ backbone ─┐
-                              ├─▶ deepspeed launchers/train.py ──▶ drama export ──▶ everywhere
-    drama shard ──▶ shards  ──┘        --recipe R.yaml        └──▶ drama encode ▶ index ▶ search
-      ▲
-    records ◀── drama augment, drama mine ◀── text, pairs
+  drama prune ──▶ backbone ─┐
+                            ├─▶ deepspeed launchers/train.py ─┬─▶ drama export
+  drama shard ──▶ shards  ──┘        --recipe R.yaml          └─▶ drama encode
+    ▲                                                             ▶ index ▶ search
+  records ◀── drama augment, drama mine ◀── text, pairs
 """
 FOLDER = click.Path(path_type=Path)
 

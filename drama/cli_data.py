@@ -84,6 +84,7 @@ def shard(
     drama shard web=dump.parquet book.txt.gz --out shards/texts
     drama shard packages.jsonl --text description --out shards/packages
     """
+    from drama.data.beir import is_beir, qrels_splits
     from drama.data.sharding import ShardingOptions, available_cores, shard_sources
     from drama.data.sources import Source
 
@@ -92,8 +93,17 @@ def shard(
         if options["tokenizer"] is None and given(key) is ParameterSource.COMMANDLINE:
             name = key.replace("_", "-")
             raise UserError(f"--{name} is for token ids; give --tokenizer too, or leave it out")
+    parsed = [Source.parse(source) for source in sources]
+    for source in parsed:
+        if is_beir(source.path) and qrels_splits(source.path) == ["test"]:
+            console.print(
+                f"[yellow]warning:[/] {source.path} has no train split, so its test split is "
+                "taken; what is trained on it cannot be judged by it",
+                soft_wrap=True,
+                highlight=False,
+            )
     outcome = shard_sources(
-        [Source.parse(source) for source in sources],
+        parsed,
         out,
         ShardingOptions(
             shard_bytes=parse_bytes(shard_size),

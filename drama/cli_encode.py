@@ -60,7 +60,12 @@ def encode(corpus: Path, model: Path, out: Path, **options: Any) -> None:
     """
     from drama.retrieve.encode import encode_corpus
 
-    encode_corpus(corpus, model, out, **options)
+    vectors = encode_corpus(corpus, model, out, **options)
+    rows, dim = vectors.manifest.rows, vectors.manifest.dim
+    console.print(
+        f"{out}: {rows:,} vectors of width {dim:,}; next: drama index {out} --out INDEX",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _lengths(context: click.Context, option: click.Parameter, value: str | None) -> list[int]:

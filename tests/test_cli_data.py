@@ -120,6 +120,13 @@ def test_queries_that_come_twice_are_shown(here):
     assert "queries that come twice: 1 exactly" in said(drama("shards", "out"))
 
 
+def test_a_lone_test_split_is_warned_of(here):
+    told = said(drama("shard", SCIFACT, "--out", here / "test-set"))
+    assert f"warning: {SCIFACT} has no train split, so its test split is taken" in told
+    write(here / "pairs.jsonl", sample(3))
+    assert "warning" not in said(drama("shard", here / "pairs.jsonl", "--out", here / "pairs"))
+
+
 def test_texts(here, model):
     """Shard, look, check, join and turn back, with and without token ids."""
     long = "the bees of the north carry honey over the hills"

@@ -90,8 +90,9 @@ class Plan:
             prices = llm.prices.prompt_per_million, llm.prices.completion_per_million
             costs = [tokens * price / 1e6 for tokens, price in zip(left, prices, strict=True)]
             yield (
-                f"at the prices of the recipe: {costs[0]:,.2f} + {costs[1]:,.2f} = "
-                f"{sum(costs):,.2f}" + (" for what is left" if self.paid.answers else "")
+                f"price: prompts {costs[0]:,.2f}, answers {costs[1]:,.2f}, together "
+                f"{sum(costs):,.2f} (in the money of llm.prices)"
+                + (" for what is left" if self.paid.answers else "")
             )
         budget = llm.max_tokens_total
         if budget is not None and budget < sum(left):

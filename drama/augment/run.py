@@ -184,7 +184,7 @@ class _Run:
             try:
                 self._check_server()
             except UserError as error:
-                _say(f"not now: {error}")
+                _say(f"this needs no server, but the run will: {error}")
         return plan
 
     def out(self, name: str) -> Path:

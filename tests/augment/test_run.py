@@ -326,7 +326,7 @@ def test_the_command_line(recipe, server, tmp_path):
     dead = [*arguments[:-1], "llm.base_url=http://127.0.0.1:9/v1"]
     shown = CliRunner().invoke(main, [*dead, "--dry-run"])
     assert shown.exit_code == 0
-    assert "not now: http://127.0.0.1:9/v1 cannot be reached" in " ".join(shown.stderr.split())
+    assert "the run will: http://127.0.0.1:9/v1 cannot be reached" in " ".join(shown.stderr.split())
     refused = CliRunner().invoke(main, dead)
     assert refused.exit_code == 2
     assert refused.stderr.splitlines()[-1].startswith("drama: error: http://127.0.0.1:9/v1 cannot")
