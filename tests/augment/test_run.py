@@ -232,7 +232,7 @@ def test_pairs_with_mined_negatives_triplets_and_shares(recipe, server, llm_worl
     assert (triplets.name, triplets.documents, triplets.calls) == ("triplets", 25, 27)
     told = [part for part in plan.parts() if isinstance(part, str)]
     cost = triplets.prompt_tokens + 2 * triplets.completion_tokens
-    assert any(f"= {cost:,.2f}" in line for line in told)
+    assert any(f"together {cost:,.2f}" in line for line in told)
     found = read_manifest(augment(mix))
     assert len(server.calls) == 27
     assert triplets.prompt_tokens == pytest.approx(sent_tokens(server.calls), rel=0.1)
