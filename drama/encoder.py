@@ -239,6 +239,8 @@ class Encoder(nn.Module):
         before_TD, after_TD = (
             self.hidden_states(pack([row, neighbour]).to(self.device)) for row in (text, changed)
         )
+        if not before_TD.isfinite().all():
+            raise UserError(f"{where}: the model gives NaN or infinity; the weights are broken")
         if not torch.equal(before_TD[length:], after_TD[length:]):
             raise UserError(f"{where}: packed texts see each other; attention back end is broken")
         seen = {"packed": not torch.equal(before_TD[: length - 1], after_TD[: length - 1])}

@@ -1,6 +1,7 @@
 """The packed forward against Hugging Face's padded one; masks, pooling, settings, precision."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,15 @@ def test_the_probe_sees_neighbours_that_see_each_other(model, monkeypatch):
     monkeypatch.setattr(encoder, "hidden_states", one_long_text)
     with pytest.raises(UserError, match="see each other"):
         encoder.check_mask()
+
+
+def test_weights_with_nan_are_called_so(model, tmp_path):
+    shutil.copytree(model, tmp_path / "nan")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.input_layernorm.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="nan: the model gives NaN or infinity; the weights"):
+        Encoder.from_pretrained(tmp_path / "nan")
 
 
 def test_rotary_frequencies_survive_bfloat16(model):
