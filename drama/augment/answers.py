@@ -20,7 +20,7 @@ from drama.augment.cleaning import (
     unquoted,
     words,
 )
-from drama.augment.fields import json_values, line_values
+from drama.augment.fields import is_object, json_values, line_values
 from drama.augment.languages import contradicts, differs, language_code
 from drama.augment.loose_json import loose_strings
 
@@ -97,12 +97,26 @@ _CANNOT = (
     r"(?:assist|help (?:you|with)|fulfil|provide|generate|create|comply|answer|write|complete"
     r"|process|do that|respond|access|see (?:the|any) document)"
 )
-_REFUSAL = re.compile(
-    r"as an? (?:ai|artificial intelligence|(?:large )?language model)\b"
-    r"|^\W*(?:i['’]m |i am )?(?:very |so )?sorry\b,? (?:but|i)\b"
-    rf"|^\W*(?:i['’]m |i am )unable to {_CANNOT}"
-    r"|^\W*(?:unfortunately,? )?i (?:can ?not|can['’]t|could not|am not able to|won['’]t) "
-    rf"{_CANNOT}\b"
+_AS_LANGUAGE_MODEL = r"as an? (?:large |ai )?language model\b"
+_AS_AI = r"as an? (?:ai|artificial intelligence)(?: model| assistant| system)?"
+_REFUSAL = re.compile(  # at the very beginning: "work as an AI engineer" is a query
+    r"^\W*(?:unfortunately\W+|(?:i['’]m |i am )?(?:very |so |really )?sorry\W+(?:but )?"
+    r"|i apologi[sz]e\W+(?:but )?)?(?:"
+    rf"{_AS_LANGUAGE_MODEL}|{_AS_AI},? i\b"
+    r"|(?:i (?:can ?not|can['’]t|could not|am (?:not able|unable) to|won['’]t)"
+    rf"|i['’]m (?:not able|unable) to|unable to) {_CANNOT}\b(?! (?:to )?(?:my|our)\b)"
+    r"|i (?:do not|don['’]t) (?:have (?:access to (?:the|any|that)|enough (?:information|context))"
+    r"|see (?:a|any|the) document)\b"
+    r"|i apologi[sz]e for (?:the|any) (?:confusion|inconvenience))"
+    # the same in other languages
+    r"|^\W*(?:lo siento|je suis désolée?|es tut mir leid|desculpe|mi dispiace|к сожалению|извините"
+    r"|抱歉|对不起|對不起|申し訳|죄송)[^\n]{0,30}(?:no pued|ne peux|kann|não pos|non pos|не мог"
+    r"|无法|無法|不能|できません|できかね|수 없)",
+    re.IGNORECASE,
+)
+_EXCUSE = re.compile(  # enough where no label says that it is a query
+    rf"{_AS_LANGUAGE_MODEL}|{_AS_AI},"
+    r"|^\W*(?:i['’]m |i am )?(?:very |so )?sorry\b(?:,? but|, i)\b"
     r"|^\W*(?:i apologi[sz]e|lo siento|je suis désolée?|es tut mir leid|desculpe|mi dispiace)\b"
     r"|^\W*(?:к сожалению, я|извините|抱歉|对不起|對不起|申し訳|죄송)",
     re.IGNORECASE,
@@ -143,12 +157,12 @@ def parse_triplet(
     text = answer_text(answer)
     if not text:
         return Dropped(Reason.EMPTY)
-    values = json_values(text, _TRIPLET_LABELS) or {
-        name: next(filter(None, found), "")
-        for name, found in line_values(text, _TRIPLET_LABELS).items()
-    }
+    values = json_values(text, _TRIPLET_LABELS)
+    if not values and not is_object(text):
+        lines = line_values(text, _TRIPLET_LABELS)
+        values = {name: next(filter(None, found), "") for name, found in lines.items()}
     if not any(values.values()):
-        return Dropped(Reason.REFUSAL if _REFUSAL.search(text[:400]) else Reason.NO_JSON)
+        return Dropped(Reason.REFUSAL if _is_excuse(text) else Reason.NO_JSON)
     query = plain(values.get("query", ""))
     positive, negative = (_document(values.get(name, "")) for name in ("positive", "negative"))
     if not (query and positive and negative) or _TEMPLATE.match(query):
@@ -181,7 +195,7 @@ def parse_tasks(answer: str) -> tuple[str, ...] | Dropped:
             tasks.setdefault(" ".join(unit), task)
     if tasks:
         return tuple(tasks.values())
-    return Dropped(Reason.REFUSAL if _REFUSAL.search(text[:400]) else Reason.NO_TASKS)
+    return Dropped(Reason.REFUSAL if _is_excuse(text) else Reason.NO_TASKS)
 
 
 def _read_query(answer: str) -> Query | Dropped:
@@ -190,14 +204,18 @@ def _read_query(answer: str) -> Query | Dropped:
         return Dropped(Reason.EMPTY)
     values = json_values(text, _QUERY_LABELS)
     found = {name: [value] for name, value in values.items()}
-    if "query" not in values:
+    if "query" not in values and not is_object(text):
         found = line_values(text, _QUERY_LABELS)
     query = _first(found.get("query", [])) or _lone_query(text)
     if not query:
-        refused = _REFUSAL.search(text[:400])
-        return Dropped(Reason.REFUSAL if refused else Reason.NO_QUERY)
+        return Dropped(Reason.REFUSAL if _is_excuse(text) else Reason.NO_QUERY)
     task, language = _first(found.get("task", [])), _first(found.get("language", []))
     return Query(query, task, language_code(language))
+
+
+def _is_excuse(text: str) -> bool:
+    """Whether an answer without labels begins as refusals do."""
+    return bool(_REFUSAL.search(text) or _EXCUSE.search(text[:400]))
 
 
 def _first(values: Sequence[str]) -> str:
@@ -210,6 +228,8 @@ def _lone_query(text: str) -> str:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     lines = [line for line in lines if not line.endswith((":", "："))]
     if len(lines) != 1 or not re.search(r"[?？؟]\W*$|^[\"“„«「].*[\"”“»」]$", lines[0]):
+        return ""
+    if is_object(text) or _is_excuse(text):
         return ""
     query = unlisted(lines[0])
     return "" if _TEMPLATE.match(query) else query

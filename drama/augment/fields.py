@@ -21,11 +21,18 @@ def json_values(text: str, labels: Labels) -> dict[str, str]:
         for name, pattern in labels.items():
             for key, value in found.items():
                 value = value[0] if isinstance(value, list) and value else value
+                if isinstance(value, dict):  # {"query": {"text": "..."}}
+                    value = next((value[own] for own in value if _folded(own) == "text"), None)
                 if isinstance(value, str) and re.fullmatch(pattern, _folded(key)):
                     values.setdefault(name, printable(value))
         if values:
             return values
     return {}
+
+
+def is_object(text: str) -> bool:
+    """Whether a text is meant as JSON objects, whose keys are no labels of lines."""
+    return text.lstrip("[ \n").startswith("{")
 
 
 def line_values(text: str, labels: Labels) -> dict[str, list[str]]:

@@ -43,15 +43,22 @@ def loose_objects(text: str) -> list[dict[str, Any]]:
 
 
 def loose_strings(text: str) -> list[str]:
-    """The strings of the first list in a text, those in its objects included; never raises."""
-    place = text.find("[")
-    if place < 0:
+    """The strings of the first list in a text, those in its objects included, or of the first
+    object where it holds no list; never raises."""
+    start = re.search(r"[\[{]", text)
+    if not start:
         return []
-    try:
-        value, _ = json.JSONDecoder().raw_decode(text, place)
-    except (ValueError, RecursionError):
-        value = _Reader(text, place).value(0)
-    return _strings(value)
+    value, _ = _one(text, start.start())
+    return _strings(_first_list(value) or value)
+
+
+def _first_list(value: Any, depth: int = 0) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    if depth > MAX_DEPTH or not isinstance(value, dict):
+        return []
+    found = (_first_list(item, depth + 1) for item in value.values())
+    return next(filter(None, found), [])
 
 
 def _one(text: str, place: int) -> tuple[Any, int]:

@@ -84,6 +84,15 @@ def test_a_query_is_found_in_whatever_form(answer):
         ("Query: what does the Language: header do\nLanguage: English", "what does the Language: "
          "header do"),
         ("Query: I can't light my stove", "I can't light my stove"),
+        *((f"Query: {query}", query) for query in (
+            "how do I find work as an AI engineer without a degree",
+            "as an AI engineer, where do I find work",
+            "I'm sorry I missed the tide, when is the next one?",
+            "sorry, but i am lost how do i get home",
+            "I can't access my account, whom do I call",
+        )),
+        ("how do I find work as an AI engineer?", "how do I find work as an AI engineer?"),
+        ('{"query": {"text": "when is high water"}}', "when is high water"),
         # SmolLM2-135M-Instruct
         (
             "Task: Given a question about the household, find instructions that answer it.\n\n"
@@ -135,6 +144,21 @@ def test_a_query_keeps_what_is_its_own(answer, query):
         ("I'm sorry, but I can't see the document.", DOCUMENT, Reason.REFUSAL),
         ("Query: As an AI language model, I have no stove", DOCUMENT, Reason.REFUSAL),
         ("I cannot assist with that.", DOCUMENT, Reason.REFUSAL),
+        ("I'm sorry, but could you send me the document?", DOCUMENT, Reason.REFUSAL),
+        *(
+            (f"Query: {refusal}", DOCUMENT, Reason.REFUSAL)
+            for refusal in (
+                "I'm sorry, but I can't help with that",
+                "I’m sorry, but I cannot generate a query",
+                "I am unable to provide a query",
+                "I'm unable to access the document",
+                "Unfortunately, I cannot answer",
+                "As an AI, I have no stove",
+                "I apologize, but I can't write one",
+                "Sorry, but as an AI assistant, I cannot say",
+            )
+        ),
+        ('{"query": {"words": "is it warm?"}}', DOCUMENT, Reason.NO_QUERY),
         ("Query: 抱歉，我无法回答", CHINESE, Reason.REFUSAL),
         ("Query: ?!", DOCUMENT, Reason.NO_QUERY),
         ("Query: a b", DOCUMENT, Reason.TOO_SHORT),
@@ -251,6 +275,7 @@ AS_JSON = json.dumps({"query": QUERY, "positive": POSITIVE, "negative": NEGATIVE
         f"{{'query': '{QUERY}', 'positive': '{POSITIVE}', 'negative': '{NEGATIVE}'}}",
         f'{{"example": {AS_JSON}}}',
         f"[{AS_JSON}]",
+        json.dumps({name: {"text": text} for name, text in json.loads(AS_JSON).items()}),
         f"Query: {QUERY}\nPositive document: {POSITIVE}\nHard negative: {NEGATIVE}",
     ],
 )
@@ -297,6 +322,7 @@ def test_a_triplet_of_no_use_is_dropped_with_its_reason(change, reason):
     [
         ("  ", Reason.EMPTY),
         ("The farmer asks about frost.", Reason.NO_JSON),
+        (AS_JSON.replace(': "', ': {"words": "').replace('", ', '"}, ') + "}", Reason.NO_JSON),
         ("I'm sorry, I can't create such examples.", Reason.REFUSAL),
         # SmolLM2-135M-Instruct
         (
@@ -336,6 +362,8 @@ TASKS = (
         f"Task 1: {TASKS[0]}\nTask 2: {TASKS[1]}",
         json.dumps(TASKS),
         json.dumps([{"task": TASKS[0]}, {"task": TASKS[1]}]),
+        json.dumps({"1": TASKS[0], "2": TASKS[1]}),
+        json.dumps({"title": "The tasks of this list", "tasks": TASKS}),
         f"```json\n{json.dumps(TASKS)[:-2]}\n```",
         f"* {TASKS[0]}\n* {TASKS[1]}\n* too short",
     ],

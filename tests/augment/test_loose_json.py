@@ -56,6 +56,8 @@ def test_inner_objects_follow_their_outer_one():
         ("['a', 'b',", ["a", "b"]),
         ('[{"task": "a"}, {"task": "b"}]', ["a", "b"]),
         ("[a, b]", ["a", "b"]),
+        ('{"1": "a", "2": "b [c]"}', ["a", "b [c]"]),
+        ('{"x": "y", "tasks": ["a", "b"]}', ["a", "b"]),
         ("none", []),
     ],
 )

@@ -27,6 +27,18 @@ from drama.augment.rankings import Ranking, Windows, parse_labels, parse_ranking
         ("[4] > [3]", Ranking((3, 2, 0, 1), 2)),  # SmolLM2-135M-Instruct, asked for five
         ("Passage 2 is the best one.", Ranking((1, 0, 2, 3), 1)),
         ("[3] > [1] > [2", Ranking((2, 0, 1, 3), 3)),
+        ("[3] >= [1] > [2]", Ranking((2, 0, 1, 3), 3)),
+        ("[3] = [1] > [2]", Ranking((2, 0, 1, 3), 3)),
+        ("[3] ≥ [1] ≥ [2]", Ranking((2, 0, 1, 3), 3)),
+        ("[1] > [3] > [2]\nNo, wait: [3] > [1] > [2]", Ranking((2, 0, 1, 3), 3)),
+        ("The 4 passages by relevance: 3, 1, 2", Ranking((2, 0, 1, 3), 3)),
+        ("Query 2 asks for eggs. Order: 3, 1, 4", Ranking((2, 0, 3, 1), 3)),
+        ("The top 4\n3\n1\n2", Ranking((2, 0, 1, 3), 3)),
+        ("Order: 3\n1\n2\n4", Ranking((2, 0, 1, 3), 4)),
+        ("Passage 3, Passage 1, and Passage 2", Ranking((2, 0, 1, 3), 3)),
+        ("Passage 3\nPassage 1\nPassage 2", Ranking((2, 0, 1, 3), 3)),
+        ("- 3\n- 1\n- 2", Ranking((2, 0, 1, 3), 3)),
+        ("1, 2, 3 it was. Better: 3, 1, 2", Ranking((2, 0, 1, 3), 3)),
     ],
 )
 def test_an_order_is_read_and_repaired(answer, expected):
@@ -47,10 +59,21 @@ def test_an_order_is_read_and_repaired(answer, expected):
         ("They are all the same to me.", Reason.NO_RANKING),
         ("[9] > [8]", Reason.NO_RANKING),
         ("9" * 6000, Reason.NO_RANKING),
+        ("Query 2 asks for eggs, and none of the 4 has any.", Reason.NO_RANKING),
+        ("The 3 passages are equally good.", Reason.NO_RANKING),
+        ("3 (0.95), 1 (0.90)", Reason.NO_RANKING),
     ],
 )
 def test_an_answer_without_an_order_is_dropped(answer, reason):
     assert parse_ranking(answer, 4) == Dropped(reason)
+
+
+def test_a_count_before_the_order_is_no_passage():
+    found = parse_ranking("Here are the 20 passages ranked by relevance: 3, 1, 2, 4, 5", 20)
+    assert isinstance(found, Ranking)
+    assert found.order[:5] == (2, 0, 1, 3, 4)
+    assert found.given == 5
+    assert parse_ranking("It is 1.", 1) == Ranking((0,), 1)
 
 
 NUMBERS = st.lists(
@@ -126,6 +149,49 @@ def test_labels_are_read_in_whatever_form(answer):
     ],
 )
 def test_what_is_not_said_is_not_guessed(answer, expected):
+    assert parse_labels(answer, 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("relevant", True),
+        ("**Relevant**, since it tells the hour", True),
+        ("relevant: no", False),
+        ("relevant: yes", True),
+        ("not relevant", False),
+        ("irrelevant", False),
+        ("not at all relevant", False),
+        ("not quite directly relevant", False),
+        ("never relevant", False),
+        ("it isn't really relevant", False),
+        ("lacks relevant facts", None),
+        ("partially relevant", None),
+        ("relevant only in part", None),
+        ("not only relevant", None),
+        ("not irrelevant", None),
+        ("it names relevant places", None),
+        ("that is not true", None),
+        ("not false", None),
+        ("It does not tell the hour, so no", False),
+        ("Yes, though it is short", True),
+    ],
+)
+def test_a_denial_or_a_hedge_is_no_yes(said, expected):
+    assert parse_labels(f"[1] {said}\n[2] yes", 2) == (expected, True)
+    assert parse_labels(f'{{"1": "{said}", "2": "yes"}}', 2) == (expected, True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("relevant, irrelevant, partially relevant", (True, False, None)),
+        ("Not at all relevant\nRelevant\nno", (False, True, False)),
+        ("no yes no", (False, True, False)),
+        ("partially relevant\nlacks relevant facts\nperhaps", Dropped(Reason.NO_LABELS)),
+    ],
+)
+def test_labels_without_numbers_hedge_too(answer, expected):
     assert parse_labels(answer, 3) == expected
 
 
