@@ -224,8 +224,6 @@ def _numbered_labels(text: str) -> list[tuple[str, bool]]:
 
 def _listed_labels(text: str, num_passages: int) -> list[bool | None]:
     """The labels of an answer without numbers, a part or a word each."""
-    words = [found[1] is not None for found in _CLEAR.finditer(text)]
-    has_relevant = "relevant" in text.casefold()
     parts = [
         part
         for part in re.split(r"[\n,;.]", text)
@@ -233,7 +231,9 @@ def _listed_labels(text: str, num_passages: int) -> list[bool | None]:
     ]
     if len(parts) == num_passages and all(len(_CLEAR.findall(part)) < 2 for part in parts):
         return [_label(part) for part in parts]
-    return [] if has_relevant else [*words]
+    if "relevant" in text.casefold():
+        return []
+    return [found[1] is not None for found in _CLEAR.finditer(text)]
 
 
 def _label(part: str) -> bool | None:
