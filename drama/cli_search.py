@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ PATH = click.Path(path_type=Path)
 TYPES = ("auto", "flat", "hnsw", "ivf", "int8", "pq", "rabitq", "binary")  # FAISS loads slowly
 SHOWN, RANKED = 5, 100  # results of a query on the console and in a run file
 INDENT = 5
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
 
 
 @click.command()
@@ -112,6 +115,10 @@ def search(
         raise UserError("--queries FILE and --run OUT go together: a run file needs queries' ids")
     if file is not None and queries:
         raise UserError(f"queries come from {file} or from the command line, not from both")
+    if isinstance(
+        sys.stdin, io.TextIOWrapper
+    ):  # what is no UTF-8 comes as far as the check of queries
+        sys.stdin.reconfigure(errors="surrogateescape")
     prompt = file is None and not queries and sys.stdin.isatty()
     texts = list(queries)
     if file is None and not queries and not prompt:
@@ -135,8 +142,13 @@ def search(
             markup=False,
             soft_wrap=True,
         )
-        for text in _asked():
-            show(text, searcher.search([text], k or SHOWN, effort)[0])
+        for text in _asked(pure_stdout=as_json or not sys.stdout.isatty()):
+            try:
+                hits = searcher.search([text], k or SHOWN, effort)[0]
+            except UserError as error:
+                click.echo(f"drama: error: {error}", err=True)
+            else:
+                show(text, hits)
         return
     for text, hits in zip(texts, searcher.search(texts, k or SHOWN, effort), strict=True):
         show(text, hits)
@@ -145,15 +157,20 @@ def search(
 COMMANDS = (index, search)
 
 
-def _asked() -> Iterator[str]:
-    """What is typed at the prompt, line by line, until the end of input."""
+def _asked(pure_stdout: bool) -> Iterator[str]:
+    """What is typed at the prompt, line by line, until the end of input.
+
+    Args:
+        pure_stdout: ask on stderr, which has no history, so stdout holds nothing but answers.
+    """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its arrow keys and its history
     while True:
         try:
-            text = input("search> ").strip()
+            with contextlib.redirect_stdout(sys.stderr if pure_stdout else sys.stdout):
+                text = input("search> ").strip()
         except (EOFError, KeyboardInterrupt):
-            click.echo()
+            click.echo(err=True)
             return
         if text:
             yield text
@@ -161,17 +178,18 @@ def _asked() -> Iterator[str]:
 
 def _print_json(query: str, hits: list[Hit]) -> None:
     value: dict[str, Any] = {"query": query, "hits": [hit.to_json() for hit in hits]}
-    click.echo(json.dumps(value, ensure_ascii=False))
+    line = json.dumps(value, ensure_ascii=False)  # escapes the control characters of ASCII
+    click.echo(CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", line))
 
 
 def _print_hits(query: str, hits: list[Hit]) -> None:
     page = Console(highlight=False)
-    page.print(Text(query, "bold"), soft_wrap=True)
+    page.print(Text(_shown(query), "bold"), soft_wrap=True)
     for rank, hit in enumerate(hits, 1):
         head = Text(f"{rank:>{INDENT - 2}}  {hit.score:.3f}  ")
         if hit.title:
             head += _marked(hit.title, hit.title_marks, "bold underline", "bold") + "  "
-        page.print(head + Text(hit.id, "dim"), soft_wrap=True)
+        page.print(head + Text(_shown(hit.id), "dim"), soft_wrap=True)
         if hit.snippet:
             body = _marked(hit.snippet, hit.marks, "bold", "")
             if page.is_terminal:
@@ -181,7 +199,11 @@ def _print_hits(query: str, hits: list[Hit]) -> None:
 
 
 def _marked(text: str, spans: Sequence[tuple[int, int]], inside: str, outside: str) -> Text:
-    marked = Text(text, outside)
+    marked = Text(_shown(text), outside)
     for start, end in spans:
         marked.stylize(inside, start, end)
     return marked
+
+
+def _shown(text: str) -> str:
+    return CONTROL.sub("\ufffd", text)

@@ -107,9 +107,57 @@ def test_the_prompt_of_a_terminal(world: Path) -> None:
     answer = read_until(own, b"search> ")
     assert re.search(r"1  -?\d\.\d{3}", answer)
     assert "\x1b[1m" in answer  # bold
+    os.write(own, b"bread \xff\n")
+    assert "drama: error: query 1 of 1 is not valid UTF-8" in read_until(own, b"search> ")
     os.write(own, b"\x04")
     assert process.wait(60) == 0
     os.close(own)
+
+
+def test_the_prompt_of_json_leaves_stdout_to_the_answers(world: Path) -> None:
+    own, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "drama.cli", "search", "--index", f"{world}/index", "--json"],
+        stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, close_fds=True,
+    )  # fmt: skip
+    os.close(theirs)
+    read_until(own, b"search> ")
+    os.write(own, b"bread \xff\n")
+    assert "not valid UTF-8" in read_until(own, b"search> ")
+    os.write(own, b"bread\n")
+    read_until(own, b"search> ")
+    os.write(own, b"\x04")
+    stdout, _ = process.communicate(timeout=60)
+    os.close(own)
+    assert process.returncode == 0
+    assert json.loads(stdout)["query"] == "bread"
+
+
+def test_queries_that_are_no_utf_8(world: Path) -> None:
+    command = [sys.executable, "-m", "drama.cli", "search", "--index", f"{world}/index"]
+    for arguments, stdin in (((), b"bread\ncaf\xe9\n"), ((b"bread", b"caf\xe9"), None)):
+        done = subprocess.run([*command, *arguments], input=stdin, capture_output=True)
+        assert done.returncode == 2
+        assert done.stderr.decode() == "drama: error: query 2 of 2 is not valid UTF-8\n"
+
+
+def test_control_characters_of_documents_do_not_reach_the_terminal(
+    world: Path, tmp_path: Path
+) -> None:
+    row = {"_id": "b\x1b[2J", "title": "Bread\x9b31m\a", "text": "Bread \x1b]0;x\x07 rises\x7f"}
+    (tmp_path / "corpus.jsonl").write_text(json.dumps(row) + "\n")
+    encoding = drama(
+        "encode", f"{tmp_path}/corpus.jsonl", "--model", f"{world}/model", "--out", f"{tmp_path}/v"
+    )
+    assert encoding.exit_code == 0, encoding.output
+    assert drama("index", f"{tmp_path}/v", "--out", f"{tmp_path}/i").exit_code == 0
+    shown = drama("search", "--index", f"{tmp_path}/i", "bread").stdout
+    assert "Bread\ufffd31m\ufffd  b\ufffd[2J" in shown
+    assert "Bread \ufffd]0;x\ufffd rises\ufffd" in shown
+    as_json = drama("search", "--index", f"{tmp_path}/i", "--json", "bread").stdout
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown + as_json)
+    (hit,) = json.loads(as_json)["hits"]
+    assert (hit["id"], hit["title"], hit["snippet"]) == (row["_id"], row["title"], row["text"])
 
 
 def read_until(terminal: int, end: bytes) -> str:
@@ -120,4 +168,4 @@ def read_until(terminal: int, end: bytes) -> str:
         assert time.monotonic() < deadline, shown
         shown += os.read(terminal, 4096)
         shown = shown.replace(b"\x1b[?2004h", b"").replace(b"\x1b[?2004l", b"")
-    return shown.decode()
+    return shown.decode(errors="replace")

@@ -131,7 +131,7 @@ def search_file(searcher: Searcher, queries: Path, out: Path, k: int, effort: fl
 
 
 def check_queries(texts: Sequence[str]) -> None:
-    """Refuse empty queries.
+    """Refuse queries that are empty or no text.
 
     Raises:
         UserError: names the query by its number.
@@ -139,6 +139,10 @@ def check_queries(texts: Sequence[str]) -> None:
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise UserError(f"query {number} of {len(texts)} is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # surrogates, which stand for bytes that could not be read
+            raise UserError(f"query {number} of {len(texts)} is not valid UTF-8") from None
 
 
 def load_index_model(index: Index, model: Path | None = None) -> Model:
