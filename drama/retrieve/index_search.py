@@ -299,6 +299,16 @@ def is_index(folder: str | Path) -> bool:
     return all((Path(folder) / name).is_file() for name in ("meta.json", "ids.txt"))
 
 
+def is_reranked(folder: Path) -> bool:
+    """Whether an index folder is searched with whole vectors unless one says otherwise.
+
+    Raises:
+        UserError: from `read_meta`.
+    """
+    meta = read_meta(folder)
+    return not KINDS[meta.type].holds and Path(meta.vectors).is_dir()
+
+
 def manifest_sha256(manifest: VectorsManifest) -> str:
     """One hash for all that the vectors are a function of."""
     value = json.dumps(dataclasses.asdict(manifest), sort_keys=True)
@@ -309,7 +319,8 @@ def read_meta(folder: Path) -> IndexMeta:
     """Read an index folder's meta.json.
 
     Raises:
-        UserError: no index there, another format version, or keys that are missing or unknown.
+        UserError: no index there, another format version, keys that are missing or unknown, or
+            values that no index has.
     """
     if not is_index(folder):
         raise UserError(f"{folder} is no index folder (meta.json or ids.txt is missing)")
@@ -320,15 +331,29 @@ def read_meta(folder: Path) -> IndexMeta:
     if names != value.keys():
         wrong = min(names ^ value.keys())
         raise UserError(f"{folder}/meta.json: '{wrong}' is missing or unknown")
+    for name in ("dim", "rows", "rows_per_file"):
+        if type(value[name]) is not int or value[name] < 1:
+            raise UserError(
+                f"{folder}/meta.json: {name} {value[name]!r} is no whole number above 0; "
+                "build the index again"
+            )
+    if value["type"] not in list(KINDS):
+        raise UserError(
+            f"{folder}/meta.json: unknown index type {value['type']!r}; build the index again"
+        )
     return IndexMeta(**value)
 
 
 def _open_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path} is missing; build the index again")
+    with path.open("rb") as file:  # FAISS would not tell a lack of rights from damage
+        if not file.read(1):
+            raise UserError(f"{path} is empty; build the index again")
     try:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read: {reason}; build the index again") from None
+    except RuntimeError:
+        raise UserError(f"{path} is cut off or damaged; build the index again") from None
 
 
 def _whole_vectors(folder: Path, meta: IndexMeta, rerank: bool | None) -> Vectors | None:

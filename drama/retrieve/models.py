@@ -293,7 +293,14 @@ def _is_ours(folder: Path) -> bool:
         modules = []
     except ValueError as error:
         raise UserError(f"{folder}: config.json or modules.json is no JSON: {error}") from None
-    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}/config.json holds no object; copy the model's there")
+    try:
+        kinds = [module["type"].rpartition(".")[2] for module in modules]
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"{folder}/modules.json is no list of modules, each with its type; copy it anew"
+        ) from None
     return config.get("model_type") in OUR_TYPES and all(kind in OUR_MODULES for kind in kinds)
 
 

@@ -18,6 +18,7 @@ from drama.retrieve.bm25 import K1, B, bm25_run
 from drama.retrieve.corpus import Corpus
 from drama.retrieve.encode import encode_corpus
 from drama.retrieve.index import Index, is_index
+from drama.retrieve.index_search import is_reranked
 from drama.retrieve.models import Model, is_model, open_model
 from drama.retrieve.run import Run, read_run, without_queries
 from drama.retrieve.search import load_index_model
@@ -69,7 +70,8 @@ class System:
             return {"kind": kind, "sha256": model_sha256(self.spec), **options}
         path = Path(self.spec)
         files = [path] if kind == "run" else sorted(p for p in path.rglob("*") if p.is_file())
-        return {"kind": kind, "sha256": [_sha256(file) for file in files], "dim": self.dim}
+        found = {"kind": kind, "sha256": [_sha256(file) for file in files], "dim": self.dim}
+        return found | {"reranked": is_reranked(path)} if kind == "index" else found
 
 
 def check_systems(systems: Sequence[System], datasets: Sequence[str]) -> None:

@@ -209,6 +209,10 @@ def test_load_is_strict(vectors, tmp_path):
         ({"rows": 9}, r"holds 8 vectors of width 64, meta\.json says 9 of width 64"),
         ({"format_version": 1}, r"meta\.json: unknown format version"),
         ({"extra": 1}, r"meta\.json: 'extra' is missing or unknown"),
+        ({"rows_per_file": 0}, r"meta\.json: rows_per_file 0 is no whole number above 0"),
+        ({"rows": "8"}, r"meta\.json: rows '8' is no whole number above 0"),
+        ({"type": "flot"}, r"meta\.json: unknown index type 'flot'"),
+        ({"type": []}, r"meta\.json: unknown index type \[\]"),
     ]:
         (folder / "meta.json").write_text(json.dumps(meta | change))
         with pytest.raises(UserError, match=message):
@@ -217,7 +221,7 @@ def test_load_is_strict(vectors, tmp_path):
     for name, fault in (
         ("ids.txt", "do not fit"),
         ("ids.txt.offsets", "do not fit"),
-        ("index-00001.faiss", "cannot be read"),
+        ("index-00001.faiss", "is cut off or damaged; build the index again$"),
     ):
         sound = (folder / name).read_bytes()
         (folder / name).write_bytes(sound[: len(sound) // 2 // 8 * 8])
@@ -227,8 +231,12 @@ def test_load_is_strict(vectors, tmp_path):
         with pytest.raises(UserError, match=name.removesuffix(".offsets")):
             Index.load(folder)
         (folder / name).write_bytes(sound)
-    (folder / "index-00000.faiss").write_bytes(b"no index")
-    with pytest.raises(UserError, match=r"index-00000\.faiss cannot be read"):
+    for content, fault in ((b"no index", "is cut off or damaged"), (b"", "is empty")):
+        (folder / "index-00000.faiss").write_bytes(content)
+        with pytest.raises(UserError, match=rf"index-00000\.faiss {fault}; build the index again$"):
+            Index.load(folder)
+    (folder / "index-00000.faiss").unlink()
+    with pytest.raises(UserError, match=r"index-00000\.faiss is missing; build the index again$"):
         Index.load(folder)
 
 

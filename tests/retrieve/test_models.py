@@ -158,6 +158,15 @@ def test_bad_folders_are_one_line(copied, other, tmp_path):
         open_model(bare)
     assert "\n" not in str(e.value)
     config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"copy/config\.json holds no object"):
+        open_model(copied)
+    (copied / "config.json").write_text(json.dumps(config))
+    for modules in ([{"path": ""}], [1], {"type": "x"}, 3):
+        (copied / "modules.json").write_text(json.dumps(modules))
+        with pytest.raises(UserError, match=r"copy/modules\.json is no list of modules"):
+            open_model(copied)
+    (copied / "modules.json").unlink()
     (copied / "config.json").write_text(json.dumps(config)[:50])
     with pytest.raises(UserError, match=r"copy: config.json or modules.json is no JSON"):
         open_model(copied)
