@@ -19,7 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from drama.console import console
 from drama.data.beir import corpus_file, read_corpus, read_qrels, read_queries
@@ -28,6 +28,7 @@ from drama.errors import UserError
 from drama.files import replacing, stamp
 from drama.retrieve.corpus import Corpus
 from drama.retrieve.measures import Qrels
+from drama.retrieve.run import check_ids
 
 Layout = Literal["beir", "parquet", "miracl", "mldr"]
 FORMAT_VERSION = 1
@@ -129,17 +130,18 @@ def read_facts(folder: Path, split: str, cache: Path | None) -> Facts:
     """Read a BEIR folder through once; `cache` spares that as long as its files stay the same.
 
     Raises:
-        UserError: an empty corpus, a document or query that comes twice, or faulty files.
+        UserError: an empty corpus, a document or query that comes twice, an id that a run file
+            cannot hold, or faulty files.
     """
     inputs = [FORMAT_VERSION, split, stamp(folder)]
-    if cache is not None and cache.is_file():
-        stored = json.loads(cache.read_text(encoding="utf-8"))
-        if stored["inputs"] == inputs:
-            return _told(Facts(**stored["facts"]), folder, split)
+    if cache is not None and (stored := _stored(cache, inputs)) is not None:
+        return _told(stored, folder, split)
     queries, qrels = read_judged(folder, split)
     if next(iter(read_corpus(folder)), None) is None:
         raise UserError(f"{folder} holds no documents")
     corpus = Corpus.scan(corpus_file(folder))
+    check_ids(queries, folder)
+    check_ids(corpus.ids, corpus.path)
     known = set(corpus.ids)
     unknown = [id_ for grades in qrels.values() for id_ in grades if id_ not in known]
     judged = json.dumps([queries, qrels], sort_keys=True).encode()
@@ -202,6 +204,15 @@ def _named(dataset: Dataset, group: str = "") -> Dataset:
         group, lang = match["group"] or group, match["lang"]
         return replace(dataset, name=f"{group}-{lang}", group=group, lang=lang)
     return replace(dataset, group=group)
+
+
+def _stored(cache: Path, inputs: list[Any]) -> Facts | None:
+    """The facts in a file; None where it is absent, of other inputs, damaged or incomplete."""
+    try:
+        stored = json.loads(cache.read_text(encoding="utf-8"))
+        return Facts(**stored["facts"]) if stored["inputs"] == inputs else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _told(facts: Facts, folder: Path, split: str) -> Facts:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -187,12 +187,10 @@ def _scored(
     inputs = {**inputs, "system": here.inputs()}
     path = home / "scores" / f"{system.name}.json"
     begin, metric = time.perf_counter(), inputs["metrics"][0]
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored.pop("inputs") == inputs:
-            scores = Scores(**{**stored, "spec": system.spec})
-            _say(title, system.name, metric, scores, "as before")
-            return scores
+    if (stored := _stored(path, inputs)) is not None:
+        scores = replace(stored, spec=system.spec)
+        _say(title, system.name, metric, scores, "as before")
+        return scores
     queries, qrels = read_judged(folder, dataset.split)
     vectors = home / "vectors" / system.name
     run, width = run_system(here, folder, queries, vectors, inputs["depth"])
@@ -209,6 +207,18 @@ def _scored(
         temporary.write_text(scores_to_json(scores, inputs), encoding="utf-8")
     _say(title, system.name, metric, scores, f"{time.perf_counter() - begin:,.0f} s")
     return scores
+
+
+def _stored(path: Path, inputs: dict[str, Any]) -> Scores | None:
+    """The scores in a file; None where it is absent, of other inputs, damaged or incomplete."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        same = stored.pop("inputs") == inputs
+        scores = Scores(**stored)
+        whole = all(scores.per_query[metric] for metric in inputs["metrics"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return scores if same and whole else None
 
 
 def _say(title: str, system: str, metric: str, scores: Scores, how: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from drama.data.lines import read_lines
@@ -30,6 +31,20 @@ def without_queries(run: Run, depth: int) -> Run:
     }
 
 
+def check_ids(ids: Iterable[str], where: str | Path) -> None:
+    """Refuse ids that a TREC run file cannot hold.
+
+    Raises:
+        UserError: an id that is empty or holds white space.
+    """
+    for id_ in ids:
+        if len(id_.split()) != 1:
+            raise UserError(
+                f"{where}: the id {id_!r} cannot stand in a TREC run: it is empty or holds white "
+                "space; rename it"
+            )
+
+
 def write_run(run: Run, path: Path, tag: str) -> None:
     """Write a TREC run file: `query Q0 document rank score tag`, best first.
 
@@ -40,9 +55,7 @@ def write_run(run: Run, path: Path, tag: str) -> None:
     """
     lines = []
     for query_id, scores in run.items():
-        for id_ in (query_id, *scores):
-            if len(id_.split()) != 1:
-                raise UserError(f"the id {id_!r} cannot stand in a TREC run: it holds white space")
+        check_ids((query_id, *scores), path)
         ranked = sorted(scores.items(), key=lambda item: (item[1], item[0]), reverse=True)
         lines += [
             f"{query_id} Q0 {document_id} {rank} {score!r} {tag}\n"

@@ -19,7 +19,7 @@ from drama.hf import model_sha256
 from drama.retrieve.index import Index
 from drama.retrieve.lines import Lines
 from drama.retrieve.models import Model, open_model
-from drama.retrieve.run import Run, write_run
+from drama.retrieve.run import Run, check_ids, write_run
 from drama.retrieve.snippet import Spans, marks, query_words, snippet
 
 BATCH = 256  # queries of a file that are searched together
@@ -123,9 +123,15 @@ def search_file(searcher: Searcher, queries: Path, out: Path, k: int, effort: fl
     """Search for each query of a file, write a TREC run file, and return the number of queries.
 
     Raises:
-        UserError: from `read_query_file`, or an id with white space.
+        UserError: from `read_query_file`, an id with white space, or an `out` that cannot be
+            written.
     """
     asked = read_query_file(queries)
+    check_ids(asked, queries)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out.parent} cannot be made: {error.strerror}; choose another") from None
     write_run(searcher.run(asked, k, effort), out, TAG)
     return len(asked)
 

@@ -312,6 +312,49 @@ def test_a_repeated_call_takes_over_what_has_the_same_inputs(three, model, tmp_p
     assert not list(out.glob("*/vectors"))
 
 
+def test_scores_of_an_index_without_its_vectors_are_not_taken_over(
+    dataset, model, tmp_path, capsys
+):
+    encode_corpus(dataset, model, tmp_path / "vectors")
+    build_index(tmp_path / "vectors", tmp_path / "index", "binary")
+    systems, out = {"i": tmp_path / "index"}, tmp_path / "out"
+    (tmp_path / "vectors").rename(tmp_path / "away")
+    evaluate(dataset, systems, out=out)
+    rough = (out / "facts" / "runs" / "i.trec").read_text()
+    (tmp_path / "away").rename(tmp_path / "vectors")
+    evaluate(dataset, systems, out=out)
+    assert (out / "facts" / "runs" / "i.trec").read_text() != rough
+    capsys.readouterr()
+    evaluate(dataset, systems, out=out)
+    assert capsys.readouterr().err.count("as before") == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "{}", "[]", "half"])
+def test_damaged_scores_and_facts_are_as_good_as_absent(dataset, tmp_path, capsys, damage):
+    out = tmp_path / "out"
+    first = evaluate(dataset, {"bm25": "bm25"}, out=out)
+    files = [out / "facts" / "scores" / "bm25.json", out / "facts" / "facts.json"]
+    sound = [json.loads(file.read_text()) for file in files]
+    sound[0]["per_query"].popitem()
+    sound[1]["facts"].popitem()
+    for file, value in zip(files, sound, strict=True):
+        text = {"cut": file.read_text()[:40], "empty": "", "half": json.dumps(value)}
+        file.write_text(text.get(damage, damage))
+    capsys.readouterr()
+    assert evaluate(dataset, {"bm25": "bm25"}, out=out) == first
+    assert "as before" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])
+def test_ids_that_no_run_holds_are_refused_before_the_work(dataset, model, tmp_path, name):
+    for file in (dataset / name, dataset / "qrels" / "test.tsv"):
+        text = file.read_text().replace("d5", "d 5") if name == "corpus.jsonl" else file.read_text()
+        file.write_text(text if name == "corpus.jsonl" else text.replace("q3", "q 3"))
+    with pytest.raises(UserError, match=r"facts.*: the id '[dq] [35]' cannot stand in a TREC run"):
+        evaluate(dataset, {"m": model}, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "facts" / "vectors").exists()
+
+
 def test_a_killed_evaluation_goes_on_to_the_same_bytes(three, model, tmp_path):
     out = tmp_path / "out"
     command = [

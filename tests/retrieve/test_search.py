@@ -113,6 +113,17 @@ def test_a_bad_query_file(index, tmp_path):
     assert not (tmp_path / "out.trec").exists()
 
 
+def test_what_no_run_can_be_written_of_is_refused_before_the_search(index, tmp_path, monkeypatch):
+    searcher, file = Searcher(index), tmp_path / "queries.tsv"
+    monkeypatch.setattr(searcher, "run", lambda *arguments: pytest.fail("searched"))
+    file.write_text("q 1\tbees\n")
+    with pytest.raises(UserError, match=r"queries\.tsv: the id 'q 1' cannot stand in a TREC run"):
+        search_file(searcher, file, tmp_path / "out.trec", 3, 1.0)
+    file.write_text("q1\tbees\n")
+    with pytest.raises(UserError, match=r"queries\.tsv cannot be made: .*; choose another"):
+        search_file(searcher, file, file / "out.trec", 3, 1.0)
+
+
 def test_bad_input(index, dataset, make_model, tmp_path):
     with pytest.raises(UserError, match=r"query 2 of 2 is empty"):
         search(index, ["a", " "])
