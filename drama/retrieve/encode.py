@@ -7,12 +7,13 @@ packed. See `fill.py` for the order of the work and `docs/encoding.md` for what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from drama.errors import UserError
 from drama.retrieve.corpus import Corpus, read_windows
-from drama.retrieve.fill import Window, begin_vectors, fill_vectors, inputs_of
+from drama.retrieve.fill import Window, begin_vectors, fill_vectors, filling, inputs_of
 from drama.retrieve.models import TOKEN_BUDGET, Model, Precision, open_model
 from drama.retrieve.vectors import Vectors, VectorsManifest, read_vectors
 from drama.tokenizer import Kind
@@ -56,7 +57,8 @@ def encode_corpus(
 
     Raises:
         UserError: an empty or faulty corpus, a bad model folder, `dim` wider than the model, `out`
-            holding other vectors, too little disk, or a model that gives vectors with NaN.
+            holding other vectors or being written by another job, too little disk, or a model that
+            gives vectors with NaN.
     """
     if dtype not in ("float32", "float16"):
         raise UserError(f"dtype {dtype} is not a storage type; float32 and float16 are")
@@ -72,8 +74,12 @@ def encode_corpus(
     opened, folder = model, Path(out)
     width, limit = opened.check_dim(dim), opened.check_max_tokens(max_tokens)
 
+    lock = ExitStack()  # of the main rank, which begins
+
     def begin() -> None:
         (corpus,) = scanned
+        if overwrite or not (folder / "manifest.json").is_file():  # else nothing is written
+            lock.enter_context(filling(folder))
         manifest = VectorsManifest(
             model=str(Path(opened.path).resolve()),
             model_sha256=opened.sha256,
@@ -90,22 +96,22 @@ def encode_corpus(
         )
         begin_vectors(folder, manifest, corpus.ids, overwrite=overwrite)
 
-    on_main(begin)
-    corpus_file = Path(inputs_of(folder).corpus)
-
     def windows(numbers: Iterable[int]) -> Iterator[Window]:
         for number, documents in read_windows(corpus_file, window, numbers):
             texts = [document.full_text for document in documents]
             items = opened.prepare(texts, kind, limit)
             yield Window(number, items, [document.id for document in documents])
 
-    fill_vectors(
-        folder,
-        windows,
-        lambda items: opened.embed(items, kind, limit, width, token_budget),
-        unit=opened.unit,
-        ranks=ranks,
-    )
+    with lock:
+        on_main(begin)
+        corpus_file = Path(inputs_of(folder).corpus)
+        fill_vectors(
+            folder,
+            windows,
+            lambda items: opened.embed(items, kind, limit, width, token_budget),
+            unit=opened.unit,
+            ranks=ranks,
+        )
     return read_vectors(folder, values=ranks is None or ranks.is_main)
 
 

@@ -23,7 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ import numpy as np
 
 from drama.console import console, progress
 from drama.errors import UserError
-from drama.files import replacing
+from drama.files import locked, replacing
 from drama.retrieve.vectors import (
     VectorsManifest,
     check_array,
@@ -57,6 +57,22 @@ class Window:
     number: int
     items: Sequence[Any]
     ids: Sequence[Any]
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Keep other jobs out of a folder, from before `begin_vectors` until `fill_vectors` is done.
+
+    Raises:
+        UserError: another job writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".lock"
+    with locked(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def begin_vectors(
@@ -84,6 +100,7 @@ def begin_vectors(
     except UserError:
         if not overwrite:
             raise
+    _check_disk(folder, manifest)
     for name in ("manifest.json", "progress.json"):
         (folder / name).unlink(missing_ok=True)
     _lay_out(folder, manifest, ids)
@@ -208,17 +225,22 @@ def _is_there(folder: Path, manifest: VectorsManifest, has_ids: bool) -> bool:
     return True
 
 
-def _lay_out(folder: Path, manifest: VectorsManifest, ids: Sequence[str] | None) -> None:
-    """Write the files of a new run; progress.json comes last, so it vouches for the others."""
+def _check_disk(folder: Path, manifest: VectorsManifest) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    shape = (manifest.rows, manifest.dim)
     needed = manifest.rows * manifest.dim * np.dtype(manifest.dtype).itemsize
     free = shutil.disk_usage(folder).free
+    if (old := folder / "vectors.npy").is_file():
+        free += old.stat().st_blocks * 512  # it is overwritten; an unfilled one has holes
     if needed > free:
         raise UserError(
             f"{folder}: the vectors need {needed / 2**20:,.0f} MiB, "
             f"{free / 2**20:,.0f} MiB are free there"
         )
+
+
+def _lay_out(folder: Path, manifest: VectorsManifest, ids: Sequence[str] | None) -> None:
+    """Write the files of a new run; progress.json comes last, so it vouches for the others."""
+    shape = (manifest.rows, manifest.dim)
     if ids is not None:
         write_ids(folder / IDS, ids)
     np.lib.format.open_memmap(

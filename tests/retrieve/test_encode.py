@@ -202,6 +202,35 @@ def test_too_little_disk(dataset, model, tmp_path, monkeypatch):
         encode_corpus(dataset, model, tmp_path / "v")
 
 
+def test_too_little_disk_leaves_what_was_to_be_replaced(dataset, model, tmp_path, monkeypatch):
+    before = encode_corpus(dataset, model, tmp_path / "v", dim=32)
+    size = (tmp_path / "v" / "vectors.npy").stat().st_blocks * 512
+    rows = before.manifest.rows
+    usage = fill.shutil.disk_usage(tmp_path)._replace(free=rows * 64 * 4 - size - 1)
+    monkeypatch.setattr(fill.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"v: the vectors need"):
+        encode_corpus(dataset, model, tmp_path / "v", overwrite=True)
+    np.testing.assert_array_equal(read_vectors(tmp_path / "v").vectors_ND, before.vectors_ND)
+    usage = usage._replace(free=usage.free + 1)  # with the old file's room it is enough
+    assert encode_corpus(dataset, model, tmp_path / "v", overwrite=True).manifest.dim == 64
+
+
+def test_a_second_encoding_into_the_folder_is_refused(dataset, model, tmp_path):
+    folder = tmp_path / "v"
+    holder = (
+        "import sys; from pathlib import Path; from drama.retrieve.fill import filling\n"
+        "with filling(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", holder, str(folder)], **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=r"v: another job is writing there; wait for its end"):
+            encode_corpus(dataset, model, folder)
+        process.stdin.close()
+    encode_corpus(dataset, model, folder)
+    assert {path.name for path in folder.iterdir()} == {"vectors.npy", "ids.txt", "manifest.json"}
+
+
 def test_a_model_that_gives_nan(dataset, make_model, tmp_path):
     from transformers import LlamaModel
 
