@@ -1,7 +1,8 @@
 """Figures that others published, from `published.csv`; docs/results shows the same file.
 
 A row is one figure: dataset (or suite, for its average), split, system, metric, value from 0 to 1,
-source, note. What a source misprints stands as printed, with a note.
+source, note. What a source misprints has a note, which says whether the row is
+as printed or put right: table 8 has the rows of mE5-base and mE5-large swapped, here they are not.
 """
 
 from __future__ import annotations
