@@ -10,9 +10,9 @@ B queries, N documents, K results, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ import numpy as np
 from drama.augment.corpus import Corpus, Draw, inputs_sha256, write_corpus
 from drama.console import console
 from drama.data.sources import Source
+from drama.distributed import Ranks
 from drama.errors import UserError
 from drama.files import locked, replacing
 from drama.hf import model_sha256
@@ -81,18 +82,28 @@ class Retrieval:
         with self._locked():
             return self._corpus()
 
-    def open(self) -> tuple[Corpus, Teacher]:
+    def open(self, ranks: Ranks | None = None) -> tuple[Corpus, Teacher]:
         """Read and encode the corpus, as far as that was not done before.
+
+        ranks: who shares the encoding; every rank calls this.
 
         Raises:
             UserError: from `write_corpus` and `Teacher`, or another job is at it.
         """
-        sha256, encode = self.model_sha256, open_model(self.model).encode  # before hours of reading
-        with self._locked():
+        device = None if ranks is None else ranks.device
+        # before hours of reading
+        sha256, encode = self.model_sha256, open_model(self.model, device=device).encode
+        with nullcontext() if ranks and not ranks.is_main else self._locked():
+            if ranks is not None:
+                ranks.on_main(self._write)
             corpus = self._corpus()
             folder = self.work / f"vectors-{sha256[:12]}"
-            teacher = Teacher(encode, Path(self.model).name, sha256, corpus, folder, self.search)
+            name = Path(self.model).name
+            teacher = Teacher(encode, name, sha256, corpus, folder, self.search, ranks)
         return corpus, teacher
+
+    def _write(self) -> None:
+        self._corpus()
 
     def _locked(self) -> AbstractContextManager[None]:
         self.work.mkdir(parents=True, exist_ok=True)
@@ -109,6 +120,7 @@ class Teacher:
     Args:
         encode: the model. name, sha256: of its folder, for the manifest of the vectors.
         folder: for the vectors; what a killed run has left there is gone on with.
+        ranks: who shares the encoding; every rank makes the same teacher.
 
     Raises:
         UserError: too little disk, vectors of another corpus in the folder, or a model that gives
@@ -123,6 +135,7 @@ class Teacher:
         corpus: Corpus,
         folder: Path,
         search: Search = "flat",
+        ranks: Ranks | None = None,
     ) -> None:
         self.encode = encode
         manifest = VectorsManifest(
@@ -146,8 +159,11 @@ class Teacher:
                 texts = [item.document.full_text for item in batch]
                 yield Window(number, texts, [item.number for item in batch])
 
-        begin_vectors(folder, manifest)
-        fill_vectors(folder, windows, self._rounded, unit="characters")
+        if ranks is None:
+            begin_vectors(folder, manifest)
+        else:
+            ranks.on_main(partial(begin_vectors, folder, manifest))
+        fill_vectors(folder, windows, self._rounded, unit="characters", ranks=ranks)
         self.vectors_ND, self.manifest = open_vectors(folder)
         self._graph = _graph(folder, self.vectors_ND, self.manifest) if search == "hnsw" else None
 

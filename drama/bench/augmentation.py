@@ -35,6 +35,7 @@ from drama.bench.fixed_rate import SLOTS, FixedRate
 from drama.bench.llm_client import MODEL, check_paid
 from drama.bench.rows import Rows, interleaved
 from drama.data.sources import Source
+from drama.distributed import Ranks
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.retrieve.models import Encode, open_model
@@ -64,7 +65,7 @@ class Opened(Retrieval):
 
     opened: tuple[Corpus, Teacher] | None = None
 
-    def open(self) -> tuple[Corpus, Teacher]:
+    def open(self, ranks: Ranks | None = None) -> tuple[Corpus, Teacher]:
         assert self.opened is not None
         return self.opened
 

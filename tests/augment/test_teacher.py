@@ -16,7 +16,7 @@ from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.retrieve import fill
 from drama.retrieve.models import OurModel
-from drama.testing import byte_tokenizer, tiny_llama
+from drama.testing import byte_tokenizer, run_deepspeed, tiny_llama
 
 SCIFACT = Path(__file__).parents[2] / "data" / "demo" / "scifact"
 QUERIES = ["Glioma stem cells need A20.", "serotyping by microarray", "x"]
@@ -144,3 +144,27 @@ def test_teachers_share_a_folder_and_corpora_do_not(world, tmp_path):
 def test_no_model_is_one_line(world, tmp_path):
     with pytest.raises(UserError, match="gone: not a model folder"):
         retrieval(world, tmp_path / "work", "gone").about()
+
+
+@pytest.mark.slow
+def test_the_ranks_of_the_launcher_make_what_one_process_makes(world, tmp_path):
+    """Three windows on two ranks; the commands find the vectors and encode nothing anew."""
+    rows = [{"text": f"{word} number {n}"} for n in range(1500) for word in ("a", "the", "one")]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    launcher = Path(__file__).parents[2] / "launchers" / "encode_teacher.py"
+    done = run_deepspeed(
+        launcher, str(tmp_path / "c.jsonl"), "--teacher", str(world / "model"),
+        "--work", str(tmp_path / "ranks"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4,500 documents, vectors of width 64" in done.stderr
+    source = (Source.parse(tmp_path / "c.jsonl"),)
+    model = str(world / "model")
+    found = Retrieval(source, model, tmp_path / "ranks")
+    (vectors,) = (tmp_path / "ranks").glob("vectors-*/vectors.npy")
+    before = vectors.stat().st_mtime_ns
+    _, teacher = found.open()
+    assert vectors.stat().st_mtime_ns == before
+    _, alone = Retrieval(source, model, tmp_path / "alone").open()
+    assert np.array_equal(teacher.vectors_ND, alone.vectors_ND)
+    assert found.about() == Retrieval(source, model, tmp_path / "alone").about()
