@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from drama.data import duplicates, sharding
+from drama.data import sharding
 from drama.data.beir import read_corpus, read_qrels, read_queries
 from drama.data.manifest import read_manifest
 from drama.data.records import Document, Record
@@ -441,132 +441,6 @@ def test_decontamination_is_counted_per_set(tmp_path):
         shard([source], tmp_path / "no", decontaminate=(str(SCIFACT),) * 2)
     with pytest.raises(UserError, match="none is no BEIR folder"):
         shard([source], tmp_path / "no", decontaminate=(str(tmp_path / "none"),))
-
-
-def brute_force(queries):
-    """(exact, near): near is a first occurrence that is like some other one before it."""
-    seen, kept, near = set(), [], 0
-    for query in queries:
-        folded = " ".join(query.casefold().split())
-        if folded not in seen:
-            near += any(duplicates.similarity(query, other) >= 0.8 for other in kept)
-            kept.append(query)
-            seen.add(folded)
-    return len(queries) - len(kept), near
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_duplicates_against_brute_force(tmp_path, seed):
-    """Exact ones are all found, near ones never invented and rarely missed."""
-    draw = random.Random(seed)
-    queries = []
-    for _ in range(450):
-        if queries and draw.random() < 0.5:
-            query = draw.choice(queries)
-            kind = draw.randrange(5)
-            at = draw.randrange(len(query))
-            if kind == 0:
-                query = query.upper() if draw.random() < 0.5 else f"  {query} "
-            elif kind == 1:
-                query = query + "?"
-            elif kind == 2:
-                query = query[:at] + draw.choice("xyz") + query[at + 1 :]
-            elif kind == 3:
-                query = query + " " + draw.choice(WORDS)
-            queries.append(query)
-        else:
-            queries.append(" ".join(draw.choices(WORDS, k=draw.randint(6, 30))))
-    source = write(
-        tmp_path / "x.jsonl", [{"query": q, "positives": [{"text": "p"}]} for q in queries]
-    )
-    outcome = shard([source], tmp_path / "out", shard_bytes=30_000)
-    exact, near = brute_force(queries)
-    assert outcome.duplicates.exact == exact > 40
-    assert 0.85 * near <= outcome.duplicates.near <= near
-    assert near > 40
-    counts = {"exact": exact, "near": outcome.duplicates.near}
-    assert outcome.manifest.duplicate_queries == counts
-    assert outcome.manifest.num_records == len(queries)  # they are reported, not dropped
-    for first, second in outcome.duplicates.examples:
-        assert duplicates.similarity(first, second) >= 0.8
-
-
-def test_short_queries_and_none_alike(tmp_path):
-    items = [{"query": q, "positives": [{"text": "p"}]} for q in ("a", "b", "A", "ab", "ü", "日本")]
-    outcome = shard([write(tmp_path / "x.jsonl", items)], tmp_path / "out")
-    assert (outcome.duplicates.exact, outcome.duplicates.near) == (1, 0)
-
-
-def test_a_fingerprint_of_a_huge_query_takes_little_memory():
-    """A record's text may have 16 million characters."""
-    program = f"""
-from drama.data.duplicates import fingerprint, similarity
-from drama.data.records import Document, Record
-{PEAK}
-text = "bees and bread " * 200_000
-before = peak()
-fingerprint(Record(text, (Document("p"),)))
-fingerprint(Record("", (Document(text, id="p"),)))
-assert similarity(text, text) == 1
-print(peak() - before)
-"""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert int(done.stdout) < 150_000  # KiB; all windows of it at once are 500 MB
-
-
-BAD_ROWS = [
-    ("not json", "invalid JSON", "invalid JSON"),
-    ("", "empty record", "empty record"),
-    ('{"query": "q"}', "no positives", "record has no 'positives'"),
-    ('{"query": "q", "positives": []}', "no positives", "positives is empty"),
-    ('{"query": " ", "positives": [{"text": "p"}]}', "empty text", "query is empty"),
-    ('{"query": "q", "positives": [{"text": ""}]}', "empty text", "positives[0].text is empty"),
-    ('{"query": "q", "positives": ["p"]}', "wrong key or type", "must be a JSON object"),
-    ('{"query": "\\ud800", "positives": [{"text": "p"}]}', "invalid UTF-8", "unpaired surrogate"),
-    ("[" * 100_000, "invalid JSON", "nested too deeply"),
-    ('{"query": "q", "positives": [{"text": "%s"}]}' % ("x" * (2**24 + 1)), "text too long", "16,"),
-    (b'{"query": "\xff", "positives": [{"text": "p"}]}', "invalid UTF-8", "invalid UTF-8"),
-]
-
-
-def test_bad_rows_are_listed_with_place_and_reason(tmp_path):
-    good = [json.dumps(row).encode() for row in rows(len(BAD_ROWS))]
-    bad = [row if isinstance(row, bytes) else row.encode() for row, _, _ in BAD_ROWS]
-    source = tmp_path / "x.jsonl"
-    source.write_bytes(b"\n".join(line for pair in zip(good, bad, strict=True) for line in pair))
-    outcome = shard([source], tmp_path / "out", 2, skip_bad=True)
-    assert outcome.left_out == Counter(reason for _, reason, _ in BAD_ROWS)
-    assert outcome.manifest.left_out == dict(sorted(outcome.left_out.items()))
-    listed = [json.loads(line) for line in (tmp_path / "out/bad.jsonl").read_text().splitlines()]
-    for number, ((_, reason, error), item) in enumerate(zip(BAD_ROWS, listed, strict=True)):
-        assert item["where"] == f"{source}:{2 * number + 2}"
-        assert item["reason"] == reason
-        assert error in item["error"]
-    assert [record.query_id for record in read_all(tmp_path / "out")] == [
-        str(number) for number in range(len(BAD_ROWS))
-    ]
-    with pytest.raises(UserError, match=r"x\.jsonl:2: invalid JSON"):
-        shard([source], tmp_path / "stopped", 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x.jsonl"]
-
-
-@pytest.mark.parametrize("first", [row for row in BAD_ROWS if len(row[0]) < 1000])
-def test_a_bad_first_row_is_skipped_too(tmp_path, first):
-    row, reason, _ = first
-    source = tmp_path / "x.jsonl"
-    good = json.dumps(next(rows(1))).encode()
-    source.write_bytes((row if isinstance(row, bytes) else row.encode()) + b"\n" + good)
-    outcome = shard([source], tmp_path / "out", skip_bad=True)
-    assert outcome.manifest.num_records == 1
-    assert outcome.left_out == {reason: 1}
-    with pytest.raises(UserError, match=r"x\.jsonl:1: "):
-        shard([source], tmp_path / "stopped")
 
 
 def test_faults_leave_neither_folder_nor_partial(source, tmp_path):
