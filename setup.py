@@ -21,6 +21,7 @@ setup(
         "drama.ds_configs": ["*.json"],
         "drama.recipes": ["*.yaml"],
         "drama.retrieve": ["published.csv", "suites/*.yaml"],
+        "drama.serve": ["page.html"],
         "drama.data.demo": ["*", "scifact/*", "scifact/qrels/*"],
     },
     install_requires=[

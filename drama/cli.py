@@ -18,6 +18,7 @@ from drama import (
     cli_encode,
     cli_evaluate,
     cli_search,
+    cli_serve,
 )
 from drama.console import console, quiet_libraries
 from drama.errors import UserError, exit_on_user_error
@@ -27,7 +28,7 @@ SECTIONS = {
     "Make training data": ["augment", "mine"],
     "From LLM and text to a retriever": ["prune", "shard", "plan", "teach", "average"],
     "Look after data": ["shards", "verify", "merge", "convert"],
-    "Use it": ["export", "encode", "index", "search"],
+    "Use it": ["export", "encode", "index", "search", "serve"],
     "Judge it": ["evaluate", "needle", "report"],
 }
 TRAIN_HELP = """
@@ -69,6 +70,7 @@ for command in (
     *cli_augment.COMMANDS,
     *cli_encode.COMMANDS,
     *cli_search.COMMANDS,
+    *cli_serve.COMMANDS,
     *cli_evaluate.COMMANDS,
 ):
     main.add_command(command)

@@ -148,6 +148,7 @@ def test_the_wheel_holds_everything_and_only_drama(wheel: Path) -> None:
     suites = {path.name for path in (ROOT / "drama" / "retrieve" / "suites").iterdir()}
     assert {f"drama/retrieve/suites/{name}" for name in suites} <= names
     assert "drama/retrieve/published.csv" in names
+    assert "drama/serve/page.html" in names
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"drama"}
 

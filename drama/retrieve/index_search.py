@@ -200,12 +200,37 @@ class Index:
             raise UserError(f"effort {effort} must be above 0; 1 is the default")
         q_BD = np.ascontiguousarray(q_BD, np.float32)
         k = min(k, self.meta.rows)
-        whole = KINDS[self.meta.type].holds or self.vectors is not None
+        whole = self.has_whole_vectors
         depth = min(num_candidates(self.meta.type, k, effort) if whole else k, self.meta.rows)
         scores_BC, rows_BC = self._first_stage(q_BD, depth, effort)
         if whole:
             scores_BC = self._cosines(q_BD, rows_BC)
         return _best(scores_BC, rows_BC, k)
+
+    @property
+    def has_whole_vectors(self) -> bool:
+        """Whether whole vectors can be read, from the index or from the folder it was built of."""
+        return KINDS[self.meta.type].holds or self.vectors is not None
+
+    def narrowed(self, dim: int) -> Index:
+        """A flat index over the first `dim` numbers of each whole vector, in memory.
+
+        Raises:
+            UserError: wider than the index, or whole vectors that are not there.
+        """
+        if not 1 <= dim <= self.meta.dim:
+            raise UserError(f"dim {dim} does not fit an index of width {self.meta.dim}")
+        if not self.has_whole_vectors:
+            raise UserError(f"{self.meta.vectors}, the whole vectors, are needed to cut them")
+        flat, step = faiss.IndexFlatIP(dim), max(1, GATHER // self.meta.dim)
+        for start in range(0, self.meta.rows, step):
+            rows_M = np.arange(start, min(start + step, self.meta.rows))
+            cut_Md = self._take(rows_M)[:, :dim]
+            norms_M1 = np.linalg.norm(cut_Md, axis=1, keepdims=True)
+            flat.add(np.ascontiguousarray(cut_Md / np.maximum(norms_M1, 1e-12)))
+        rows = self.meta.rows
+        meta = dataclasses.replace(self.meta, type="flat", dim=dim, rows_per_file=rows)
+        return Index([flat], self.ids, meta)
 
     def _first_stage(
         self, q_BD: np.ndarray, depth: int, effort: float

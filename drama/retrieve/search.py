@@ -72,13 +72,15 @@ class Searcher:
         """
         check_queries(texts)
         scores_BK, rows_BK = self.index.numbers(self._embed(texts), k, effort)
+        return list(map(self.hits, texts, scores_BK, rows_BK))
+
+    def hits(self, text: str, scores_K: np.ndarray, rows_K: np.ndarray) -> list[Hit]:
+        """The documents of these numbers (-1 is none), with the words of `text` marked."""
+        words = query_words(text)
         return [
-            [
-                self._hit(int(row), float(score), words)
-                for score, row in zip(scores, rows, strict=True)
-                if row >= 0
-            ]
-            for scores, rows, words in zip(scores_BK, rows_BK, map(query_words, texts), strict=True)
+            self._hit(int(row), float(score), words)
+            for score, row in zip(scores_K, rows_K, strict=True)
+            if row >= 0
         ]
 
     def run(self, queries: dict[str, str], k: int, effort: float = 1.0) -> Run:
@@ -98,10 +100,14 @@ class Searcher:
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
         return self.encoder.encode(list(texts), "query", dim=self.index.meta.dim)
 
+    def document(self, row: int) -> Document | None:
+        """The document of a number; None where the index keeps no copies."""
+        return Document(**json.loads(self.documents[row])) if self.documents is not None else None
+
     def _hit(self, row: int, score: float, words: frozenset[str]) -> Hit:
-        if self.documents is None:
+        document = self.document(row)
+        if document is None:
             return Hit(self.index.ids[row], score, "", "")
-        document = Document(**json.loads(self.documents[row]))
         text, spans = snippet(document.text, words)
         title = document.title
         return Hit(document.id, score, title, text, marks(title, words), spans)
