@@ -16,10 +16,10 @@ from aiohttp import hdrs, web
 
 from drama.console import console
 from drama.errors import UserError
-from drama.serve.asked import Refused, embed_request, parse, search_request
+from drama.serve.asked import RequestError, embed_request, parse, search_request
 from drama.serve.limits import Limits
 from drama.serve.service import Service
-from drama.serve.worker import Busy, Given, Stopping, Worker
+from drama.serve.worker import BusyError, GivenUpError, Stopping, Worker
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -113,56 +113,60 @@ class Server:
 
     async def _read(self, request: web.Request) -> dict[str, Any]:
         if request.content_type != "application/json":  # what a form of another site cannot send
-            raise Refused(415, "the body must be sent as Content-Type: application/json")
+            raise RequestError(415, "the body must be sent as Content-Type: application/json")
         try:
             return parse(await asyncio.wait_for(request.read(), self.limits.read_s))
         except TimeoutError:
-            raise Refused(408, f"no whole body within {self.limits.read_s:g} s") from None
+            raise RequestError(408, f"no whole body within {self.limits.read_s:g} s") from None
 
     async def _run(self, work: Callable[[Stopping], T]) -> T:
         try:
             return await self.worker.run(work, self.limits.timeout_s)
-        except Busy:
+        except BusyError:
             waiting = self.limits.max_waiting
-            raise Refused(503, f"{waiting} requests wait already; try again") from None
-        except Given:
-            raise Refused(503, "the server is ending") from None
+            raise RequestError(503, f"{waiting} requests wait already; try again") from None
+        except GivenUpError:
+            raise RequestError(503, "the server is ending") from None
         except TimeoutError:
-            raise Refused(504, f"no result within {self.limits.timeout_s:g} s") from None
+            raise RequestError(504, f"no result within {self.limits.timeout_s:g} s") from None
 
     def _check_origin(self, request: web.Request) -> None:
         name = re.sub(r":\d*$", "", request.headers.get(hdrs.HOST, "")).lower()
         if self.local and name not in LOOPBACK:
-            raise Refused(403, f"Host {ascii(name)[:80]} is not this machine; use {LOOPBACK[1]}")
+            raise RequestError(
+                403, f"Host {ascii(name)[:80]} is not this machine; use {LOOPBACK[1]}"
+            )
         origin = request.headers.get(hdrs.ORIGIN)
         own = origin is None or origin.partition("://")[2] == request.headers.get(hdrs.HOST)
         elsewhere = request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
         if not own or (elsewhere and request.path != "/"):  # a link to the page is fine
-            raise Refused(403, "pages of other sites may not ask this server")
+            raise RequestError(403, "pages of other sites may not ask this server")
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             self._check_origin(request)
             return await handler(request)
-        except Refused as error:
+        except RequestError as error:
             return _refusal(error)
         except UserError as error:
-            return _refusal(Refused(422, str(error)))
+            return _refusal(RequestError(422, str(error)))
         except web.HTTPRequestEntityTooLarge:
             most = f"{self.limits.max_bytes:,} bytes are the most (--max-bytes)"
-            return _refusal(Refused(413, f"the body is too large; {most}"))
+            return _refusal(RequestError(413, f"the body is too large; {most}"))
         except web.HTTPMethodNotAllowed as error:
             allowed = ", ".join(sorted(error.allowed_methods))
-            answer = _refusal(Refused(405, f"{request.path} takes {allowed}, not {request.method}"))
+            answer = _refusal(
+                RequestError(405, f"{request.path} takes {allowed}, not {request.method}")
+            )
             answer.headers[hdrs.ALLOW] = allowed
             return answer
         except web.HTTPException as error:
             reason = f"{request.path[:80]!a}: {error.reason}"
-            return _refusal(Refused(error.status, reason))
+            return _refusal(RequestError(error.status, reason))
         except Exception:
             console.print(traceback.format_exc(), markup=False, highlight=False)
-            return _refusal(Refused(500, "a fault of the server; its console says more"))
+            return _refusal(RequestError(500, "a fault of the server; its console says more"))
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(self._headers)
@@ -171,7 +175,7 @@ class Server:
         await asyncio.to_thread(self.worker.close)
 
 
-def _refusal(error: Refused) -> web.Response:
+def _refusal(error: RequestError) -> web.Response:
     headers = {hdrs.RETRY_AFTER: RETRY_S} if error.status == 503 else {}
     return web.json_response(error.to_json(), status=error.status, headers=headers)
 

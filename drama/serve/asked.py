@@ -17,7 +17,7 @@ KINDS: tuple[Kind, ...] = ("query", "document")
 FORMATS = ("float", "base64")
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that is not answered: HTTP status, one line, and the field at fault."""
 
     def __init__(self, status: int, message: str, field: str | None = None) -> None:
@@ -54,15 +54,15 @@ def parse(body: bytes) -> dict[str, Any]:
     """The JSON object of a body.
 
     Raises:
-        Refused: 400, no JSON or no object.
+        RequestError: 400, no JSON or no object.
     """
     try:
         value = json.loads(body.decode(), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise Refused(400, f"the body is no JSON: {reason}") from None
+        raise RequestError(400, f"the body is no JSON: {reason}") from None
     if not isinstance(value, dict):
-        raise Refused(400, "the body must be a JSON object")
+        raise RequestError(400, "the body must be a JSON object")
     return value
 
 
@@ -73,14 +73,16 @@ def embed_request(value: dict[str, Any], model: str, limits: Limits) -> EmbedReq
         model: the name under which the model is served.
 
     Raises:
-        Refused: 404 for another model, 413 for more than the limits allow, else 422.
+        RequestError: 404 for another model, 413 for more than the limits allow, else 422.
     """
     _check_keys(value, EMBED_KEYS)
     if "input" not in value:
-        raise Refused(422, "'input' is missing: a text or a list of texts", "input")
+        raise RequestError(422, "'input' is missing: a text or a list of texts", "input")
     asked = value.get("model", model)
     if asked != model:
-        raise Refused(404, f"the model {_short(asked)} is not served here; '{model}' is", "model")
+        raise RequestError(
+            404, f"the model {_short(asked)} is not served here; '{model}' is", "model"
+        )
     kind = _choice(value, "input_type", KINDS, "document")
     format_ = _choice(value, "encoding_format", FORMATS, "float")
     texts = _texts(value["input"], limits)
@@ -91,43 +93,43 @@ def search_request(value: Mapping[str, Any], limits: Limits) -> SearchRequest:
     """Check a search; from an address numbers come as text.
 
     Raises:
-        Refused: 413 for a text that is too long, else 422.
+        RequestError: 413 for a text that is too long, else 422.
     """
     _check_keys(value, SEARCH_KEYS)
     if "q" not in value:
-        raise Refused(422, "'q' is missing: the question", "q")
+        raise RequestError(422, "'q' is missing: the question", "q")
     numbers = {name: _number(value[name]) for name in ("k", "dim") if name in value}
     k = _whole(numbers, "k") or 10
     if k > limits.max_k:
-        raise Refused(422, f"k {k} is too much; {limits.max_k} is the most", "k")
+        raise RequestError(422, f"k {k} is too much; {limits.max_k} is the most", "k")
     return SearchRequest(_text(value["q"], "q", limits), k, _whole(numbers, "dim"))
 
 
 def _texts(value: Any, limits: Limits) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list):
-        raise Refused(422, "'input' must be a text or a list of texts", "input")
+        raise RequestError(422, "'input' must be a text or a list of texts", "input")
     if not values:
-        raise Refused(422, "'input' is an empty list", "input")
+        raise RequestError(422, "'input' is an empty list", "input")
     if any(isinstance(item, int | list) for item in values):
-        raise Refused(
+        raise RequestError(
             422,
             "'input' holds token ids; send texts (in LangChain: check_embedding_ctx_length=False)",
             "input",
         )
     if len(values) > limits.max_texts:
         most = f"{limits.max_texts:,} are the most (--max-texts)"
-        raise Refused(413, f"'input' holds {len(values):,} texts; {most}", "input")
+        raise RequestError(413, f"'input' holds {len(values):,} texts; {most}", "input")
     return [_text(item, f"input[{i}]", limits) for i, item in enumerate(values)]
 
 
 def _text(value: Any, where: str, limits: Limits) -> str:
     if not isinstance(value, str):
-        raise Refused(422, f"'{where}' must be a text", where)
+        raise RequestError(422, f"'{where}' must be a text", where)
     if not value.strip():
-        raise Refused(422, f"'{where}' is empty", where)
+        raise RequestError(422, f"'{where}' is empty", where)
     if len(value) > limits.max_chars:
-        raise Refused(
+        raise RequestError(
             413,
             f"'{where}' has {len(value):,} characters; {limits.max_chars:,} are the most",
             where,
@@ -135,14 +137,14 @@ def _text(value: Any, where: str, limits: Limits) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-        raise Refused(422, f"'{where}' is not valid UTF-8", where) from None
+        raise RequestError(422, f"'{where}' is not valid UTF-8", where) from None
     return value
 
 
 def _check_keys(value: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in value:
         if key not in known:
-            raise Refused(422, f"unknown field {_short(key)}{nearest(key, known)}", key[:80])
+            raise RequestError(422, f"unknown field {_short(key)}{nearest(key, known)}", key[:80])
 
 
 def _choice(value: dict[str, Any], key: str, choices: tuple[str, ...], default: str) -> Any:
@@ -150,7 +152,7 @@ def _choice(value: dict[str, Any], key: str, choices: tuple[str, ...], default: 
     if found is None:
         return default
     if found not in choices:
-        raise Refused(422, f"'{key}' is {_short(found)}; there are {', '.join(choices)}", key)
+        raise RequestError(422, f"'{key}' is {_short(found)}; there are {', '.join(choices)}", key)
     return found
 
 
@@ -159,7 +161,7 @@ def _whole(value: Mapping[str, Any], key: str) -> int | None:
     if found is None:
         return None
     if type(found) is not int or found < 1:
-        raise Refused(422, f"'{key}' must be a whole number above 0, not {_short(found)}", key)
+        raise RequestError(422, f"'{key}' must be a whole number above 0, not {_short(found)}", key)
     return found
 
 

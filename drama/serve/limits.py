@@ -1,4 +1,4 @@
-"""What one request may ask for, and how many may wait: a page for looking at a model stays small."""
+"""What one request may ask for, and how many may wait."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from drama.errors import UserError
 from drama.retrieve.index import Index
 from drama.retrieve.models import DOCUMENT_PROMPTS, TOKEN_BUDGET, Model, OurModel, open_model
 from drama.retrieve.search import Searcher
-from drama.serve.asked import EmbedRequest, Refused, SearchRequest
-from drama.serve.worker import Given, Stopping
+from drama.serve.asked import EmbedRequest, RequestError, SearchRequest
+from drama.serve.worker import GivenUpError, Stopping
 
 STEP = 8  # texts that are embedded before asking whether anybody still waits
 NARROW_BYTES = 2**28  # the most that an index of cut vectors may take
@@ -53,13 +53,13 @@ class Service:
         """Vectors [B, dim] and the number of tokens that the model read.
 
         Raises:
-            Refused: a width that the model does not have.
-            Given: nobody waits any more.
+            RequestError: a width that the model does not have.
+            GivenUpError: nobody waits any more.
         """
         try:
             dim = self.model.check_dim(asked.dim or self.width)
         except UserError:
-            raise Refused(
+            raise RequestError(
                 422,
                 f"'dimensions' {asked.dim} does not fit: 1 to {self.model.dim} do",
                 "dimensions",
@@ -67,7 +67,7 @@ class Service:
         limit, blocks, tokens = self.model.max_tokens, [], 0
         for start in range(0, len(asked.texts), STEP):
             if stopping():
-                raise Given
+                raise GivenUpError
             texts = asked.texts[start : start + STEP]
             prepared = self.model.prepare(texts, asked.kind, limit)
             blocks.append(self.model.embed(prepared, asked.kind, limit, dim, TOKEN_BUDGET))
@@ -77,7 +77,7 @@ class Service:
                 tokens += sum(min(self.model.count_tokens(text), limit) for text in texts)
         vectors_BD = np.concatenate(blocks)
         if not np.isfinite(vectors_BD).all():
-            raise Refused(
+            raise RequestError(
                 500, "the model gives vectors that are not finite; its weights are broken"
             )
         return vectors_BD, tokens
@@ -86,17 +86,17 @@ class Service:
         """What `drama search --json` prints, the rows of the documents, and milliseconds.
 
         Raises:
-            Refused: no index, or a width that cannot be searched.
-            Given: nobody waits any more.
+            RequestError: no index, or a width that cannot be searched.
+            GivenUpError: nobody waits any more.
         """
         if stopping():
-            raise Given
+            raise GivenUpError
         if self.searcher is None:
-            raise Refused(404, "no index is served; start with --index")
+            raise RequestError(404, "no index is served; start with --index")
         dim = asked.dim or self.width
         if dim not in self.dims:
             choices = ", ".join(map(str, self.dims))
-            raise Refused(422, f"'dim' {dim} cannot be searched; there are {choices}", "dim")
+            raise RequestError(422, f"'dim' {dim} cannot be searched; there are {choices}", "dim")
         index = self._index(dim)
         model, limit = self.model, self.model.max_tokens
         times = [time.perf_counter()]
@@ -125,13 +125,13 @@ class Service:
         """One document whole.
 
         Raises:
-            Refused: 404, no such row, or no copies of the documents.
+            RequestError: 404, no such row, or no copies of the documents.
         """
         if self.searcher is None or not 0 <= row < self.searcher.index.meta.rows:
-            raise Refused(404, f"there is no document {row}")
+            raise RequestError(404, f"there is no document {row}")
         document = self.searcher.document(row)
         if document is None:
-            raise Refused(404, "the index keeps no documents; build it without --no-documents")
+            raise RequestError(404, "the index keeps no documents; build it without --no-documents")
         return {"id": document.id, "title": document.title, "text": document.text}
 
     def facts(self) -> dict[str, Any]:

@@ -12,11 +12,11 @@ T = TypeVar("T")
 Stopping = Callable[[], bool]  # whether nobody waits for the result any more
 
 
-class Busy(Exception):
+class BusyError(Exception):
     """As many requests wait as may; the one at hand does not begin to."""
 
 
-class Given(Exception):
+class GivenUpError(Exception):
     """A piece of work has ended early, since nobody waits for it."""
 
 
@@ -38,11 +38,11 @@ class Worker:
         that runs hears of it at its next step.
 
         Raises:
-            Busy: too many wait already.
+            BusyError: too many wait already.
             TimeoutError: no result in time.
         """
         if self.pending >= self._most:
-            raise Busy
+            raise BusyError
         gone = threading.Event()
         loop = asyncio.get_running_loop()
         future = self._thread.submit(work, lambda: gone.is_set() or self._over.is_set())

@@ -44,6 +44,22 @@ def test_float16_vectors_and_a_cut_width(dataset, model, tmp_path, kind):
     np.testing.assert_allclose(scores_BK, -np.sort(-cut[:, :2].T, axis=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["flat", "int8"])
+def test_a_narrowed_index_is_that_of_cut_vectors(vectors, tmp_path, kind):
+    build_index(vectors.folder, tmp_path / "index", kind, rows_per_file=3)
+    index = Index.load(tmp_path / "index")
+    q_BD = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    scores_BK, ids = index.narrowed(16).search(q_BD, 8)
+    want_BK, want_ids = Index.from_vectors(vectors, "flat", 16).search(q_BD, 8)
+    assert ids == want_ids
+    np.testing.assert_allclose(scores_BK, want_BK, atol=1e-6)
+    with pytest.raises(UserError, match="dim 65 does not fit an index of width 64"):
+        index.narrowed(65)
+    if kind == "int8":
+        with pytest.raises(UserError, match="the whole vectors, are needed to cut them"):
+            Index.load(tmp_path / "index", rerank=False).narrowed(16)
+
+
 def test_k_beyond_the_corpus_gives_all(vectors):
     scores_BK, ids = Index.from_vectors(vectors).search(np.ones((1, 64), np.float32), 100)
     assert scores_BK.shape == (1, 8)

@@ -84,7 +84,7 @@ def test_harmful_documents_are_shown_as_text(address: str) -> None:
             "[...document.querySelectorAll('.whole')].every(text => text.textContent)"
         )
         texts = await browser.evaluate(
-            "[...document.querySelectorAll('.whole')].map(t => t.textContent)"
+            "[...document.querySelectorAll('.whole')].map(text => text.textContent)"
         )
         assert sorted(texts) == sorted(text for _, _, text in DOCUMENTS)
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from drama.serve.worker import Busy, Stopping, Worker
+from drama.serve.worker import BusyError, Stopping, Worker
 
 
 def test_work_is_done_one_after_another_and_the_rest_is_turned_away() -> None:
@@ -27,7 +27,7 @@ def test_work_is_done_one_after_another_and_the_rest_is_turned_away() -> None:
         gate.set()
         done = await asyncio.gather(*tasks, return_exceptions=True)
         assert done[:3] == [0, 1, 2]
-        assert [type(error) for error in done[3:]] == [Busy, Busy]
+        assert [type(error) for error in done[3:]] == [BusyError, BusyError]
         assert seen == [(n, "model_0") for n in range(3)]
         await asyncio.sleep(0)
         assert worker.pending == 0
@@ -49,7 +49,7 @@ def test_after_the_time_work_is_told_and_its_place_is_kept_until_it_ends() -> No
         with pytest.raises(TimeoutError):
             await worker.run(work, 0.01)
         assert await asyncio.to_thread(told.wait, 30)
-        with pytest.raises(Busy):
+        with pytest.raises(BusyError):
             await worker.run(lambda _: None, 30)
         gate.set()
         while worker.pending:
