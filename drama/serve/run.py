@@ -10,15 +10,16 @@ import socket
 import webbrowser
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from aiohttp import web
 
 from drama.console import console
 from drama.errors import UserError
-from drama.serve.app import Server
 from drama.serve.limits import Limits
-from drama.serve.service import Service
+
+if TYPE_CHECKING:
+    from drama.serve.app import Server
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_S = 10.0  # for requests that run when the end is asked for
@@ -47,7 +48,7 @@ def serve(
     """
     before = {number: signal.signal(number, _leave) for number in SIGNALS}
     try:
-        with _listening(host, port) as listener:  # first: a port in use is said before a long load
+        with _listening(host, port) as listener:  # a port in use is said before a long load
             local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
             if not local:
                 _say(

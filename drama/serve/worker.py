@@ -53,6 +53,7 @@ class Worker:
             return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
         finally:
             gone.set()
+            future.cancel()  # what has not begun never does
 
     def close(self) -> None:
         """Begin nothing more, and tell what runs to end."""

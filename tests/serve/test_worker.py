@@ -67,7 +67,7 @@ def test_what_waits_when_the_caller_leaves_is_never_begun() -> None:
         second = asyncio.create_task(worker.run(lambda _: begun.append(2), 30))
         await asyncio.sleep(0)
         second.cancel()
-        await asyncio.sleep(0)
+        await asyncio.gather(second, return_exceptions=True)
         gate.set()
         await first
         worker.close()
