@@ -54,6 +54,9 @@ def serve(
                 _say(
                     f"warning: {host} can be reached from elsewhere, and nobody is asked who he is"
                 )
+            from drama.serve.app import Server  # these two bring torch
+            from drama.serve.service import Service
+
             server = Server(Service(model, index, dim), limits or Limits(), local=local)
             asyncio.run(_serve(server, listener, host, open_browser))
     finally:
