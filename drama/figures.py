@@ -244,6 +244,29 @@ def heat_map(
     return figure
 
 
+def lines_under_each_other(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], *, marks: Sequence[float]
+) -> Figure:
+    """A panel a label over the same steps, each with its curves by name; marks: upright lines."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(SIZE[0], 2.6 * len(panels)), layout="constrained")
+        for axes, (label, curves) in zip(
+            figure.subplots(len(panels), sharex=True), panels.items(), strict=True
+        ):
+            for place in marks:
+                axes.axvline(place, color=GRID, linewidth=0.8)
+            for (name, points), colour in zip(curves.items(), COLOURS, strict=False):
+                steps, values = np.array(points, dtype=float).T
+                size = math.ceil(len(steps) / MAX_POINTS)
+                axes.plot(_binned(steps, size), _binned(values, size), ".", ms=2, color=colour,
+                          label=name)  # fmt: skip
+            axes.set_ylabel(label)
+            axes.set_ylim(bottom=0)
+            axes.legend(loc="lower left", ncols=2, markerscale=4)
+        axes.set_xlabel("step")
+    return figure
+
+
 def svg(figure: Figure) -> str:
     """The figure as an `<svg>` element."""
     buffer = io.StringIO()
