@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +19,18 @@ from drama.errors import UserError
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it and rename it over `path`.
 
-    On any error the temporary file is removed and what stood at `path` stays.
+    On any error the temporary file is removed and what stood at `path` stays. So is what processes
+    of this machine that were killed have left beside it.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    # with the machine's name: on a shared disk another one may be writing the same file right now
+    machine = re.sub(r"\W", "_", os.uname().nodename)
+    prefix = f".{target.name}.partial-{machine}-"
+    for partial in target.parent.glob(f"{glob.escape(prefix)}*"):
+        if _is_left(partial):
+            partial.unlink(missing_ok=True)
+    temporary = target.with_name(f"{prefix}{os.getpid()}")
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -1,8 +1,8 @@
 """Commands that are killed at a chosen moment, for tests and for the soak; Linux only.
 
 A `Job` is a command with all that it starts, found again by a mark in their environment, whatever
-session they are in. A moment is a function that looks at the job's files: `kill_at` polls it without
-a pause, freezes the ranks when it has come, and looks once more, so that nothing moves between the
+session they are in. A moment is a function that looks at the job's files: `kill_at` polls it every
+millisecond, freezes the ranks when it has come, and looks once more: nothing moves between the
 moment and the kill.
 """
 
@@ -26,6 +26,9 @@ from drama.distributed import free_port
 Moment = Callable[[], bool]
 _MARK = "DRAMA_JOB_OF_A_TEST"
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# data loader workers look for their parent every 5 s; a `deepspeed` that was told to end leaves at
+# once, and its other half gives the ranks 30 s
+OUTLIVES_S = 60
 LAST_LINE = 16_384  # bytes; no line of metrics.jsonl is longer
 
 
@@ -95,7 +98,7 @@ class Job:
         frozen: list[int] = []
         deadline = time.monotonic() + timeout
         while True:
-            self.wait_for(moment, deadline - time.monotonic(), pause=0)
+            self.wait_for(moment, deadline - time.monotonic(), pause=0.001)
             # ranks do not change while a job runs; finding them takes longer than a moment lasts
             frozen = frozen or list(self.ranks().values()) or [self.process.pid]
             self._send(frozen, signal.SIGSTOP)
@@ -114,10 +117,10 @@ class Job:
         """The exit code, once every process of the job is over.
 
         Raises:
-            AssertionError: some outlive the command by 10 s.
+            AssertionError: some outlive the command by a minute.
         """
         code = self.process.wait(timeout)
-        deadline = time.monotonic() + 10  # data loader workers look for their parent every 5 s
+        deadline = time.monotonic() + OUTLIVES_S
         while left := self.alive():
             assert time.monotonic() < deadline, f"still alive: {[_command(pid) for pid in left]}"
             time.sleep(0.02)
@@ -152,6 +155,31 @@ def steps_done(run: Path) -> int:
     except FileNotFoundError:
         return 0
     return int(json.loads(lines[-1])["step"]) + 1 if lines else 0
+
+
+class Changes:
+    """Counts how often what lies below a folder has been seen to change: moments of a job that is
+    known by its files alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        self._seen = self._look()
+
+    def __call__(self) -> int:
+        """Look again; the count."""
+        now = self._look()
+        self.count += now != self._seen
+        self._seen = now
+        return self.count
+
+    def _look(self) -> set[tuple[str, int, int]]:
+        found = set()
+        for where, _, names in os.walk(self.folder):  # a folder may vanish meanwhile
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    facts = os.stat(os.path.join(where, name))
+                    found.add((f"{where}/{name}", facts.st_size, facts.st_mtime_ns))
+        return found
 
 
 def digests(folder: Path, leave_out: Sequence[str] = ()) -> dict[str, str]:

@@ -113,6 +113,10 @@ class Trainer:
         if stored is not None:
             free = _FREE_KEYS | {"train": _FREE_KEYS["train"] | prolongable(settled.train)}
             check_same_run(stored, settled, free)
+            if settled.step.grad_reduction == "auto":
+                # what memory allowed at the start: another order of sums would be other bits
+                chosen = stored.step.grad_reduction
+                settled = settled.with_values(step__grad_reduction=chosen)
         return settled
 
     def _load_encoder(self) -> Encoder:
@@ -195,7 +199,8 @@ class Trainer:
         if self.ranks.is_main:
             for name in ("best", "model"):
                 recovered(output / name)
-            recipe.save(output / "recipe.yaml")
+            settled = recipe.with_values(step__grad_reduction=self.step_runner.reduction)
+            settled.save(output / "recipe.yaml")
             self.bad.forget(checkpoint.step_of(self.start) if self.start else 0)
         inputs = self._inputs()
         first = self._resume(self.start, inputs) if self.start else 0

@@ -3,7 +3,7 @@
     python launchers/soak.py                              # 2,000 steps, two CPU ranks
     python launchers/soak.py --steps 240 --gaps 10-40     # a small one
 
-Losses have to be equal to the last bit, memory within 2 % from step 200 on, and nothing may be left:
+Losses have to be equal to the last bit, memory within 2 % from step 200 on; nothing may be left:
 no process, no file descriptor, no shared memory. Rows go to benchmarks/soak.csv, the figure to
 docs/soak.svg; the exit code is 1 where a promise is broken. The runs and their logs stay in --out.
 """
@@ -27,7 +27,9 @@ FOLDER = click.Path(path_type=Path)
 
 @click.command(help=help_text(__doc__), context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--steps", default=2000, show_default=True)
-@click.option("--gaps", default="20-200", show_default=True, help="Steps from one kill to the next.")
+@click.option(
+    "--gaps", default="20-200", show_default=True, help="Steps from one kill to the next."
+)
 @click.option("--seed", default=0, show_default=True, help="Of the kills.")
 @click.option("--out", type=FOLDER, default="runs/soak", show_default=True, help="A new folder.")
 @click.option("--csv", type=FOLDER, default=ROOT / "benchmarks" / "soak.csv",

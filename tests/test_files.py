@@ -107,6 +107,27 @@ def test_what_a_killed_process_with_this_number_left_is_cleared(tmp_path: Path) 
     assert names(tmp_path) == ["folder"]
 
 
+def test_a_file_that_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+    """Of this machine only, and not of one that runs."""
+    killed = (
+        "import os, sys\nfrom drama.files import replacing\n"
+        "with replacing(sys.argv[1]) as temporary:\n    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), 9)"
+    )
+    for name in ("a [1].json", "b.json"):
+        done = subprocess.run([sys.executable, "-c", killed, str(tmp_path / name)], timeout=60)
+        assert done.returncode == -9
+    left_a, left_b = sorted(tmp_path.iterdir())
+    runs = left_a.with_name(left_a.name.rpartition("-")[0] + f"-{os.getppid()}")
+    elsewhere = tmp_path / ".a [1].json.partial-elsewhere-999999999"
+    for path in (runs, elsewhere):
+        path.write_text("somebody's")
+    with replacing(tmp_path / "a [1].json") as temporary:
+        temporary.write_text("new")
+    left = {runs.name, elsewhere.name, left_b.name, "a [1].json"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
 KILLED = """
 import os, sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """A long run with kills and resumes beside the same run left alone: equal losses, flat memory.
 
-A tiny model, two ranks on the CPU. The disturbed run is killed at random steps, in turn rank 0, rank 1
+A tiny model, two CPU ranks. The disturbed run is killed at random steps, in turn rank 0, rank 1
 and everything at once by SIGKILL, then all by SIGTERM, and started again with the same command.
 Memory and file descriptors are read from outside, from /proc.
 """
@@ -124,8 +124,9 @@ class Soaked:
     def _end(self, job: Job, way: str) -> None:
         if way == "SIGTERM all":
             job.terminate()
-            if code := job.ended():
-                raise UserError(f"{self.kept}: exit code {code} after SIGTERM: {job.said()}")
+            job.ended()  # the launcher has a code of its own after a signal
+            if "stopped by a signal after step" not in job.said():
+                raise UserError(f"{self.kept} did not stop in order: {job.said()}")
         else:
             ranks = {"SIGKILL rank 0": 0, "SIGKILL rank 1": 1}
             job.kill_at(lambda: True, rank=ranks.get(way))
@@ -255,5 +256,6 @@ def figure(disturbed: Soaked, alone: Soaked) -> Figure:
         for rank in (0, 1)
     }
     return lines_under_each_other(
-        {"loss": losses, "resident memory, MiB": memory}, marks=[kill.step for kill in disturbed.kills]
+        {"loss": losses, "resident memory, MiB": memory},
+        marks=[kill.step for kill in disturbed.kills],
     )

@@ -70,6 +70,10 @@ class Recoverer:
         recipe = self.recipe
         if stored is not None:
             check_same_run(stored, recipe, free_keys(recipe))
+            if recipe.step.grad_reduction == "auto":
+                # what memory allowed at the start: another order of sums would be other bits
+                chosen = stored.step.grad_reduction
+                self.recipe = recipe = recipe.with_values(step__grad_reduction=chosen)
         dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         torch.manual_seed(recipe.seed)
         self.where = find_llm(recipe.model.path)
@@ -180,7 +184,7 @@ class Recoverer:
         first = checkpoint.step_of(self.start) if self.start else 0
         if self.ranks.is_main:
             recovered(output / "model")
-            recipe.save(output / "recipe.yaml")
+            recipe.with_values(step__grad_reduction=self.reduction).save(output / "recipe.yaml")
             self.bad.forget(first)
         if self.start:
             self._resume(self.start, inputs)
