@@ -43,9 +43,7 @@ class Case:
 CUT = "prune {world}/backbone --calibration {demo}/calibration.txt.gz --calibration-tokens 4096"
 PRUNING = ("out/pruning.json",)  # holds the rate and the seconds
 CASES = {
-    "prune": Case(
-        f"{CUT} --to layers=2,hidden=32,heads=2,ffn=48 --out {{OUT}}", differs=PRUNING
-    ),
+    "prune": Case(f"{CUT} --to layers=2,hidden=32,heads=2,ffn=48 --out {{OUT}}", differs=PRUNING),
     "prune over an old one": Case(
         f"{CUT} --to layers=2,hidden=32,heads=2,ffn=48 --out {{OUT}}",
         differs=PRUNING,

@@ -53,7 +53,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Kill:
-    """How a life ended: at which step, and from which checkpoint the next one goes on."""
+    """How a life ended, and after which step."""
 
     way: str
     step: int
@@ -218,11 +218,8 @@ def growths(run: Soaked) -> dict[int, tuple[float, int, int]]:
 
 def leftovers(pids: set[int]) -> list[str]:
     """Files of these processes in the machine's shared memory; torch names them by process."""
-    return [
-        path.name
-        for path in SHARED_MEMORY.iterdir()
-        if path.name.startswith("torch_") and int(path.name.split("_")[1]) in pids
-    ]
+    starts = tuple(f"torch_{pid}_" for pid in pids)
+    return [path.name for path in SHARED_MEMORY.iterdir() if path.name.startswith(starts)]
 
 
 def add_rows(rows: Rows, disturbed: Soaked, alone: Soaked, broken: Sequence[str]) -> None:
