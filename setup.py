@@ -52,7 +52,11 @@ setup(
         "cuda": ["flash-attn", "liger-kernel"],
         "remote": ["s3fs", "gcsfs"],
         "demo": ["gguf>=0.10", "accelerate", "sentence-transformers>=5.3"],
+        "export": ["onnx", "onnxruntime", "onnxscript"],
         "dev": [
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
             "gguf>=0.10",
             "accelerate",
             "sentence-transformers>=5.3",

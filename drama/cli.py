@@ -17,6 +17,7 @@ from drama import (
     cli_data,
     cli_encode,
     cli_evaluate,
+    cli_export,
     cli_search,
     cli_serve,
 )
@@ -72,6 +73,7 @@ for command in (
     *cli_search.COMMANDS,
     *cli_serve.COMMANDS,
     *cli_evaluate.COMMANDS,
+    *cli_export.COMMANDS,
 ):
     main.add_command(command)
 
@@ -139,34 +141,6 @@ def prune(model: Path, target: str | None, out: Path, **options: Any) -> None:
     from drama.prune.run import prune as run
 
     run(model, target, options.pop("calibration"), out, **options)
-
-
-@main.command()
-@click.argument("run", type=FOLDER)
-@click.option("--out", type=FOLDER, required=True, help="Folder to write.")
-@click.option(
-    "--architecture", type=click.Choice(["eurobert", "llama"]), help="Default by the mask."
-)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
-@click.option("--check", is_flag=True, help="Compare embeddings with other libraries'.")
-def export(run: Path, out: Path, architecture: Any, dtype: str, check: bool) -> None:
-    """Write a model folder for transformers and sentence-transformers, no remote code.
-
-    RUN is a run folder, one of its checkpoints, or a model folder.
-    """
-    import torch
-
-    from drama.encoder import Encoder
-    from drama.export import export as write
-
-    encoder = Encoder.from_pretrained(run / "model" if (run / "model").is_dir() else run)
-    write(encoder, out, architecture=architecture, dtype=getattr(torch, dtype))
-    console.print(f"{out}: written", markup=False)
-    if check:
-        from drama.equality import embedding_differences
-
-        for way, difference in embedding_differences(out).items():
-            console.print(f"  largest difference to {way}: {difference:.1e}")
 
 
 @main.command()

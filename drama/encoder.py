@@ -25,6 +25,7 @@ from drama.errors import UserError
 from drama.hf import exact_rotary
 from drama.kernels.pool import PooledNorm, pool_last, pool_mean
 from drama.tokenizer import Kind, TextEncoder, load_tokenizer
+from drama.truncation import baked_dim
 
 Pooling = Literal["last", "mean"]
 Attention = Literal["bidirectional", "causal"]
@@ -41,6 +42,7 @@ class RetrieverSettings:
     document_prefix: str = ""
     matryoshka_dims: tuple[int, ...] = ()
     max_tokens: int = 512
+    dim: int | None = None  # to which all vectors are cut; None: the backbone's width
 
 
 class Encoder(nn.Module):
@@ -118,7 +120,7 @@ class Encoder(nn.Module):
     @property
     def dim(self) -> int:
         """Width D of the vectors."""
-        return self.backbone.config.hidden_size
+        return self.settings.dim or int(self.backbone.config.hidden_size)
 
     @property
     def matryoshka_dims(self) -> tuple[int, ...]:
@@ -294,6 +296,7 @@ def read_settings(folder: Path) -> RetrieverSettings:
         query_prefix=prompts.get("query", ""),
         document_prefix=prompts.get("document", ""),
         max_tokens=limit or settings.max_tokens,
+        dim=baked_dim(folder),
     )
 
 

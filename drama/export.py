@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import EuroBertConfig, LlamaConfig
 
+from drama.console import console
 from drama.encoder import Encoder, RetrieverSettings
 from drama.errors import UserError
+from drama.export_onnx import check_installed, write_onnx
 from drama.files import replacing_folder
 from drama.hf import write_rope_keys
+from drama.model_card import Evaluation, model_card
+from drama.run_facts import RunFacts
+from drama.truncation import write_truncation
 
 Architecture = Literal["eurobert", "llama"]
 
@@ -39,17 +45,25 @@ def export(
     *,
     architecture: Architecture | None = None,
     dtype: torch.dtype = torch.float32,
+    dim: int | None = None,
+    onnx: Literal["float32", "int8"] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    run: RunFacts | None = None,
+    evaluation: Evaluation | None = None,
 ) -> Path:
     """Write `encoder` to the folder `out`, whole or not at all.
 
     Args:
         architecture: default eurobert for bidirectional, llama for causal attention.
         dtype: of the written weights.
+        dim: to which every consumer of the folder cuts the vectors.
+        onnx: a graph too, and one of 8-bit weights; what was measured of them is shown.
         state_dict: the backbone's weights when they live elsewhere (sharded training).
+        run, evaluation: for the model card.
 
     Raises:
-        UserError: a causal retriever as eurobert.
+        UserError: a causal retriever as eurobert, a `dim` that does not fit, or a graph that gives
+            other embeddings.
     """
     bidirectional = encoder.settings.attention == "bidirectional"
     architecture = architecture or ("eurobert" if bidirectional else "llama")
@@ -60,7 +74,11 @@ def export(
         raise UserError(
             f"export of {model_type} backbones is not supported; llama and eurobert are"
         )
+    settings = encoder.settings if dim is None else cut_settings(encoder, dim)
+    if onnx is not None:
+        check_installed()
     weights = state_dict if state_dict is not None else encoder.backbone.state_dict()
+    graphs = None
     with replacing_folder(out) as folder:
         save_file(
             {
@@ -70,20 +88,51 @@ def export(
             folder / "model.safetensors",
             metadata={"format": "pt"},
         )
-        _write_config(encoder, folder, architecture, dtype)
+        _write_config(encoder, settings, folder, architecture, dtype)
         encoder.tokenizer.model_max_length = encoder.max_tokens
-        encoder.tokenizer.save_pretrained(folder)
-        _write_sentence_transformers(encoder.settings, encoder.dim, folder)
-        (folder / "README.md").write_text(_card(encoder, architecture), encoding="utf-8")
+        _write_tokenizer(encoder.tokenizer, folder)
+        _write_sentence_transformers(settings, encoder.backbone.config.hidden_size, folder)
+        if onnx is not None:
+            graphs = write_onnx(folder, int8=onnx == "int8")
+        card = model_card(
+            encoder, settings, architecture, run=run, evaluation=evaluation, onnx=graphs
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return Path(out)
 
 
+def cut_settings(encoder: Encoder, dim: int) -> RetrieverSettings:
+    """The settings of a retriever whose vectors are cut to `dim`; warns of one that it was not
+    trained for.
+
+    Raises:
+        UserError: below 1, or wider than the vectors.
+    """
+    dims = encoder.matryoshka_dims
+    trained = ", ".join(map(str, dims))
+    if not 1 <= dim <= encoder.dim:
+        raise UserError(f"--dim {dim} does not fit: 1 to {encoder.dim} do, trained were {trained}")
+    if dim not in dims:
+        console.print(
+            f"warning: --dim {dim} is none of the dims that the model was trained for ({trained}); "
+            "expect worse retrieval",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    narrower = [d for d in dims if d < dim]
+    baked = dim if dim < encoder.backbone.config.hidden_size else None
+    return replace(encoder.settings, dim=baked, matryoshka_dims=(*narrower, dim))
+
+
 def _write_config(
-    encoder: Encoder, folder: Path, architecture: Architecture, dtype: torch.dtype
+    encoder: Encoder,
+    settings: RetrieverSettings,
+    folder: Path,
+    architecture: Architecture,
+    dtype: torch.dtype,
 ) -> None:
     source = encoder.backbone.config
     shared = {key: getattr(source, key) for key in _SHARED_KEYS if hasattr(source, key)}
-    bidirectional = encoder.settings.attention == "bidirectional"
+    bidirectional = settings.attention == "bidirectional"
     config_class: type[EuroBertConfig] | type[LlamaConfig] = LlamaConfig
     if architecture == "eurobert":
         config_class = EuroBertConfig
@@ -99,16 +148,27 @@ def _write_config(
     config.dtype = dtype
     config.is_causal = not bidirectional  # transformers >= 5.2, vLLM
     config.use_bidirectional_attention = bidirectional  # text-embeddings-inference
-    config.matryoshka_dimensions = list(encoder.matryoshka_dims)
+    config.matryoshka_dimensions = list(settings.matryoshka_dims or (source.hidden_size,))
     config.save_pretrained(folder)
     write_rope_keys(folder)
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """As every version reads it: 5 gives the class a name that transformers 4 does not know."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 _CLASS_PREFIX = {"eurobert": "EuroBert", "llama": "Llama"}
 
 
-def _write_sentence_transformers(settings: RetrieverSettings, dim: int, folder: Path) -> None:
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+def _write_sentence_transformers(settings: RetrieverSettings, width: int, folder: Path) -> None:
+    kinds = ["Pooling", *(["Dense"] if settings.dim else []), "Normalize"]
+    modules = [("", "Transformer"), *((f"{n}_{kind}", kind) for n, kind in enumerate(kinds, 1))]
     files: dict[str, Any] = {
         "modules.json": [
             {
@@ -120,7 +180,7 @@ def _write_sentence_transformers(settings: RetrieverSettings, dim: int, folder: 
             for number, (path, kind) in enumerate(modules)
         ],
         "1_Pooling/config.json": {
-            "word_embedding_dimension": dim,
+            "word_embedding_dimension": width,
             "pooling_mode_cls_token": False,
             "pooling_mode_mean_tokens": settings.pooling == "mean",
             "pooling_mode_max_tokens": False,
@@ -139,36 +199,10 @@ def _write_sentence_transformers(settings: RetrieverSettings, dim: int, folder: 
             "similarity_fn_name": "cosine",
         },
     }
-    (folder / "2_Normalize").mkdir()
+    (folder / modules[-1][0]).mkdir()
+    if settings.dim:
+        write_truncation(folder / "2_Dense", width, settings.dim)
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _card(encoder: Encoder, architecture: Architecture) -> str:
-    settings, config = encoder.settings, encoder.backbone.config
-    dims = ", ".join(map(str, encoder.matryoshka_dims))
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, feature-extraction, retrieval, drama]
----
-# Dense retriever
-
-{config.num_hidden_layers} layers, width {config.hidden_size}, {settings.attention} attention,
-{settings.pooling} pooling over a text that ends in EOS (the tokenizer appends it). Written as
-`{architecture}`. Vectors may be cut to: {dims}.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("path/to/this/folder")
-queries = model.encode(["how do vaccines work"], prompt_name="query")
-documents = model.encode(["Vaccines train the immune system ..."], prompt_name="document")
-scores = model.similarity(queries, documents)
-```
-
-Query prefix `{settings.query_prefix}`, document prefix `{settings.document_prefix}`, at most
-{settings.max_tokens} tokens.
-"""

@@ -33,6 +33,7 @@ from drama.metrics import peak_flops, with_precision
 from drama.optimizer import start_engine
 from drama.recipe import EvalRecipe, Recipe, StepRecipe
 from drama.resume import check_finite, choose_start, count_steps, prolongable
+from drama.run_facts import run_facts
 from drama.settings import check_same_run
 from drama.stopping import StopSignals, leave
 from drama.teacher import TeacherVectors
@@ -255,7 +256,7 @@ class Trainer:
                     self.telemetry.close()
                     leave(done, output)
         self.telemetry.close()
-        self._write_model(output / "model")
+        self._write_model(output / "model", with_facts=True)
         return output / "model"
 
     def _resume(self, folder: Path, inputs: dict[str, Any]) -> int:
@@ -315,10 +316,12 @@ class Trainer:
             found["teacher"] = hashlib.sha256((teacher / "manifest.json").read_bytes()).hexdigest()
         return found
 
-    def _write_model(self, folder: Path) -> None:
+    def _write_model(self, folder: Path, *, with_facts: bool = False) -> None:
+        """with_facts: the model card says what the run says of itself."""
         weights = checkpoint.full_state_dict(self.engine, self.encoder.backbone)
         if self.ranks.is_main:
-            export(self.encoder, folder, state_dict=weights | self.frozen)
+            facts = run_facts(self.recipe.output) if with_facts else None
+            export(self.encoder, folder, state_dict=weights | self.frozen, run=facts)
 
     def _headline(self, first: int) -> str:
         recipe = self.recipe

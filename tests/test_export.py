@@ -8,9 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from drama.encoder import Encoder, RetrieverSettings
-from drama.equality import TOLERANCE, embedding_differences
+from drama.equality import TOLERANCE, compare
 from drama.errors import UserError
 from drama.export import export
+from drama.retrieve.models import open_model
 from drama.testing import tiny_llama
 
 LLAMA3_ROPE = {
@@ -45,9 +46,9 @@ def test_same_embeddings_in_transformers_and_sentence_transformers(
     tmp_path, attention, architecture, config, pooling
 ):
     encoder, folder = exported(tmp_path, architecture, config, attention=attention, pooling=pooling)
-    differences = embedding_differences(folder)
-    assert len(differences) == 4
-    assert max(differences.values()) <= TOLERANCE
+    differences = compare(folder, lengths=(32, 700))
+    assert len(differences) == 2 * 2 * 2 * 2  # libraries, ways, lengths, dims
+    assert max(one.value for one in differences) <= TOLERANCE
     texts = ["one", "a longer text about nothing in particular", "三"]
     again = Encoder.from_pretrained(folder)
     assert again.settings == encoder.settings
@@ -97,7 +98,7 @@ def test_a_lost_mask_key_does_not_make_it_causal(tmp_path):
         again.encode(["some text"], "query"), encoder.encode(["some text"], "query"), atol=1e-6
     )
     with pytest.raises(UserError, match="differs from our embeddings"):
-        embedding_differences(folder)  # the others went causal: it is noticed
+        compare(folder, lengths=(32,))  # the others went causal: it is noticed
     path.write_text(json.dumps(config | {"is_causal": True}))
     with pytest.raises(UserError, match="contradict"):
         Encoder.from_pretrained(folder)
@@ -121,6 +122,74 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
         export(encoder, folder)
     assert sorted((p.name, p.read_bytes()) for p in folder.rglob("*") if p.is_file()) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_the_probe_catches_a_folder_whose_mask_was_broken(tmp_path):
+    """A bidirectional Llama whose keys were both turned runs causally and says so: the settings
+    then differ. One that declares another mask than it has is refused."""
+    encoder, folder = exported(tmp_path)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"is_causal": True, "use_bidirectional_attention": False}))
+    with pytest.raises(UserError, match="declared causal, but the p.* forward is bidirectional"):
+        Encoder.from_pretrained(folder)
+
+
+def test_the_tokenizer_is_named_as_transformers_4_knows_it(tmp_path):
+    _, folder = exported(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_a_baked_truncation_holds_for_every_consumer(tmp_path, attention):
+    from sentence_transformers import SentenceTransformer
+
+    encoder, whole = exported(tmp_path, attention=attention, pooling="mean")
+    folder = export(encoder, tmp_path / "cut", dim=16)
+    texts = ["one", "a longer text about nothing in particular", "三"]
+    want_BD = encoder.encode(texts, "document", dim=16)
+    again = Encoder.from_pretrained(folder)
+    assert (again.dim, again.matryoshka_dims) == (16, (16,))
+    model = open_model(folder)
+    assert (type(model).__name__, model.dim) == ("OurModel", 16)
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    whole_theirs = SentenceTransformer(str(whole), device="cpu", truncate_dim=16)
+    found = {
+        "ours": again.encode(texts, "document"),
+        "open_model": model.encode(texts, "document"),
+        "sentence-transformers": theirs.encode(texts, prompt_name="document"),
+        "its truncate_dim": whole_theirs.encode(
+            texts, prompt_name="document", normalize_embeddings=True
+        ),
+    }
+    for name, got_BD in found.items():
+        np.testing.assert_allclose(got_BD, want_BD, atol=TOLERANCE, err_msg=name)
+    assert {one.dim for one in compare(folder, lengths=(40,))} == {16}
+    with pytest.raises(UserError, match="dim 17 is wider than the model's 16"):
+        again.encode(texts, "document", dim=17)
+    # and once more: a folder that is cut stays so, and can be cut further
+    export(again, tmp_path / "again")
+    assert Encoder.from_pretrained(tmp_path / "again").dim == 16
+
+
+def test_a_dim_that_does_not_fit(tmp_path, capsys):
+    encoder, _ = exported(tmp_path)
+    for dim in (0, 65):
+        with pytest.raises(UserError, match=f"--dim {dim} does not fit: 1 to 64 do, trained were"):
+            export(encoder, tmp_path / "cut", dim=dim)
+    assert not (tmp_path / "cut").exists()
+    export(encoder, tmp_path / "cut", dim=20)
+    warning = "--dim 20 is none of the dims that the model was trained for (16, 64)"
+    assert warning in capsys.readouterr().err.replace("\n", " ")
+    assert Encoder.from_pretrained(tmp_path / "cut").matryoshka_dims == (16, 20)
+
+
+def test_the_whole_width_needs_no_module(tmp_path):
+    encoder, _ = exported(tmp_path)
+    folder = export(encoder, tmp_path / "cut", dim=64)
+    assert not (folder / "2_Dense").exists()
+    assert Encoder.from_pretrained(folder).settings.dim is None
 
 
 def test_dtype(tmp_path):

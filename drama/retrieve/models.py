@@ -24,6 +24,7 @@ from drama.encoder import Encoder
 from drama.errors import UserError, nearest
 from drama.hf import model_sha256
 from drama.tokenizer import Kind
+from drama.truncation import baked_dim
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -301,7 +302,8 @@ def _is_ours(folder: Path) -> bool:
         raise UserError(
             f"{folder}/modules.json is no list of modules, each with its type; copy it anew"
         ) from None
-    return config.get("model_type") in OUR_TYPES and all(kind in OUR_MODULES for kind in kinds)
+    known = (*OUR_MODULES, "Dense") if baked_dim(folder) else OUR_MODULES
+    return config.get("model_type") in OUR_TYPES and all(kind in known for kind in kinds)
 
 
 def _check_tokenizer(folder: Path) -> None:
