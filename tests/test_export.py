@@ -125,9 +125,8 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
 
 
 def test_the_probe_catches_a_folder_whose_mask_was_broken(tmp_path):
-    """A bidirectional Llama whose keys were both turned runs causally and says so: the settings
-    then differ. One that declares another mask than it has is refused."""
-    encoder, folder = exported(tmp_path)
+    """Both keys of a EuroBERT turned: it declares a mask that its architecture does not have."""
+    _, folder = exported(tmp_path)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"is_causal": True, "use_bidirectional_attention": False}))
