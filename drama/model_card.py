@@ -15,9 +15,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.export_onnx import INT8, PLAIN, OnnxFacts
+from drama.folder import RetrieverSettings
 from drama.run_facts import RunFacts
 
 _USE = """## Use
@@ -66,6 +67,10 @@ _SERVERS = {
     "eurobert": "vLLM and text-embeddings-inference read the other architecture: write the folder "
     "with `drama export --architecture llama`, and send the prompts with the texts.",
 }
+_OTHER_SERVERS = (
+    "Whether a server follows `is_causal` of this architecture has to be tried there; send the "
+    "prompts with the texts."
+)
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,7 @@ def _use(settings: RetrieverSettings, dim: int, architecture: str) -> str:
         pooled=_POOLED[settings.pooling],
         dim=dim,
     )
-    return f"{code}\n{_SERVERS[architecture]}"
+    return f"{code}\n{_SERVERS.get(architecture, _OTHER_SERVERS)}"
 
 
 def _onnx(facts: OnnxFacts) -> str:

@@ -28,8 +28,9 @@ from drama.data.lines import is_url
 from drama.data.manifest import MANIFEST
 from drama.data.packing import pack
 from drama.data.stream import open_pairs
-from drama.encoder import Encoder, RetrieverSettings, read_config
+from drama.encoder import Encoder
 from drama.errors import UserError
+from drama.folder import RetrieverSettings, read_config
 from drama.kernels.infonce_torch import BLOCK_ELEMENTS, WORK_ELEMENTS
 from drama.memory import GRADIENT_SHARE, GraphBytes
 from drama.metrics import forward_flops
@@ -140,6 +141,8 @@ def graph_bytes(
     def run(layers: int, execution: Execution) -> float:
         small = copy.deepcopy(config)
         small.num_hidden_layers, small.vocab_size, small.pad_token_id = layers, 64, None
+        if getattr(config, "layer_types", None):  # a Qwen lists them
+            small.layer_types = ["full_attention"] * layers
         backbone = AutoModel.from_config(small, attn_implementation=ATTENTION_NAME)
         encoder = Encoder(backbone, tokenizer, settings).to(dtype).train()
         encoder.execution = execution

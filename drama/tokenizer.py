@@ -1,4 +1,7 @@
-"""Text to token ids as the retriever sees them: prefix, text, EOS, cut at a limit and counted."""
+"""Text to token ids as the retriever sees them: prefix, text, EOS, cut at a limit and counted.
+
+A retriever of others may end its texts otherwise: what its tokenizer puts around a text stays.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ Kind = Literal["query", "document"]
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Load a fast tokenizer from a model folder and make it append EOS.
+    """Load a fast tokenizer from a model folder.
 
-    The post-processor is rewritten, so a saved copy appends EOS for every consumer. What the
-    tokenizer puts in front of a text (BOS, where it has one) stays.
+    A language model's is made to append EOS: its post-processor is rewritten, so a saved copy
+    appends EOS for every consumer. What it puts in front of a text (BOS, where it has one) stays.
+    A retriever's (the folder has a modules.json) stays as it was trained, EOS or not.
 
     Raises:
         UserError: no tokenizer in the folder, no fast tokenizer, or no EOS token.
@@ -33,7 +37,8 @@ def load_tokenizer(path: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from error
-    return appending_eos(tokenizer, folder)
+    is_retriever = (folder / "modules.json").is_file()
+    return _prepared(tokenizer, folder) if is_retriever else appending_eos(tokenizer, folder)
 
 
 def appending_eos(tokenizer: Any, where: str | Path) -> Any:
@@ -42,6 +47,11 @@ def appending_eos(tokenizer: Any, where: str | Path) -> Any:
     Raises:
         UserError: no fast tokenizer, or no EOS token.
     """
+    _append_eos(_prepared(tokenizer, where))
+    return tokenizer
+
+
+def _prepared(tokenizer: Any, where: str | Path) -> Any:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{where}: the tokenizer has no fast version (tokenizer.json)")
     if tokenizer.eos_token_id is None:
@@ -51,13 +61,11 @@ def appending_eos(tokenizer: Any, where: str | Path) -> Any:
     tokenizer.padding_side = "right"
     tokenizer.backend_tokenizer.no_padding()  # some tokenizer.json files bring both
     tokenizer.backend_tokenizer.no_truncation()
-    _append_eos(tokenizer)
     return tokenizer
 
 
 def _append_eos(tokenizer: Any) -> None:
-    around = tokenizer("a")["input_ids"]
-    if around[-1] == tokenizer.eos_token_id:
+    if _tail(tokenizer)[-1:] == [tokenizer.eos_token_id]:
         return
     front = tokenizer("")["input_ids"]
     names = [*tokenizer.convert_ids_to_tokens(front), tokenizer.eos_token]
@@ -66,6 +74,16 @@ def _append_eos(tokenizer: Any) -> None:
         single=template,
         special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in set(names)],
     )
+
+
+def _tail(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer appends to a text."""
+    encode = tokenizer.backend_tokenizer.encode
+    whole, bare = encode("a").ids, encode("a", add_special_tokens=False).ids
+    starts = range(len(whole) - len(bare) + 1)
+    at = next(i for i in starts if whole[i : i + len(bare)] == bare)
+    tail: list[int] = whole[at + len(bare) :]
+    return tail
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
@@ -84,7 +102,8 @@ class TextEncoder:
     def __call__(
         self, texts: Sequence[str], kind: Kind, max_tokens: int
     ) -> tuple[list[list[int]], int]:
-        """Return ids per text, at most `max_tokens` long with EOS last, and how many were cut.
+        """Return ids per text, at most `max_tokens` long with EOS last (or what the tokenizer
+        appends), and how many were cut.
 
         Raises:
             UserError: one string instead of several, or a kind other than query and document.
@@ -102,13 +121,14 @@ class TextEncoder:
         return self._encode(texts, max_tokens)
 
     def _encode(self, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
-        eos = self.tokenizer.eos_token_id
+        tail = _tail(self.tokenizer)
         rows, num_cut = [], 0
         # a list straight into the Rust tokenizer: one call, all texts
         for encoding in self.tokenizer.backend_tokenizer.encode_batch(texts):
-            ids = encoding.ids
+            # a text without any token has no vector, and packing no place for it
+            ids = encoding.ids or [self.tokenizer.eos_token_id]
             if len(ids) > max_tokens:
                 num_cut += 1
-                ids = [*ids[: max_tokens - 1], eos]
+                ids = [*ids[: max_tokens - len(tail)], *tail]
             rows.append(ids)
         return rows, num_cut

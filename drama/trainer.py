@@ -21,10 +21,11 @@ from drama.data.remote import PieceCache
 from drama.data.stream import open_pairs
 from drama.distill import ScoreDistillation
 from drama.distributed import Ranks
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.export import export
 from drama.files import recovered, replacing
+from drama.folder import RetrieverSettings
 from drama.gradcache import GradCache, StepOutput
 from drama.hf import model_sha256
 from drama.loading import BadRecords, check_lanes_feed, load_ahead
@@ -132,7 +133,7 @@ class Trainer:
         )
         rope = recipe.model.rope.model_dump(exclude_none=True)
         encoder = Encoder.from_pretrained(recipe.model.path, settings=settings, rope=rope)
-        limit = encoder.backbone.config.max_position_embeddings
+        limit = encoder.longest
         if settings.max_tokens > limit:
             raise UserError(
                 f"{recipe.model.path} was made for {limit} tokens, the recipe says "

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from drama.encoder import Encoder, RetrieverSettings, read_settings
+from drama.encoder import Encoder
 from drama.errors import UserError
+from drama.folder import RetrieverSettings, read_settings
 from drama.testing import tiny_llama
 
 LENGTHS = [1, 5, 5, 17, 40, 2, 90]

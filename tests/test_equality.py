@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from drama import equality
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.equality import LENGTHS, TOLERANCE, compare, table
 from drama.errors import UserError
 from drama.export import export
+from drama.folder import RetrieverSettings
 from drama.testing import tiny_llama
 
 OLDER = "sentence-transformers==5.3.*"

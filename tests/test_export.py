@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.equality import TOLERANCE, compare
 from drama.errors import UserError
 from drama.export import export
+from drama.folder import RetrieverSettings
 from drama.retrieve.models import open_model
 from drama.testing import tiny_llama
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from drama import export_onnx
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.equality import compare
 from drama.errors import UserError
 from drama.export import export
 from drama.export_onnx import INT8, PLAIN, OnnxModel
+from drama.folder import RetrieverSettings
 from drama.testing import tiny_llama
 
 ROWS = [[5, 6, 7], list(range(3, 90)), [9], list(range(200, 230))]

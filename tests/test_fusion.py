@@ -10,7 +10,8 @@ import torch
 
 from drama import fusion
 from drama.data.packing import pack
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
+from drama.folder import RetrieverSettings
 from drama.testing import tiny_llama
 
 ROWS = [[5 + i % 200 for i in range(n)] for n in (3, 9, 9, 31)]

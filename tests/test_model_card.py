@@ -8,10 +8,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.export import export
 from drama.export_source import export_source
+from drama.folder import RetrieverSettings
 from drama.model_card import Evaluation
 from drama.retrieve.evaluate import evaluate
 from drama.run_facts import run_facts

@@ -16,8 +16,9 @@ from drama import choices
 from drama.data.records import Document, Record
 from drama.data.sources import read_source
 from drama.data.writer import write_shards
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.errors import UserError
+from drama.folder import RetrieverSettings
 from drama.kernels.infonce_reference import infonce_reference
 from drama.recipe import Recipe
 from drama.testing import tiny_llama

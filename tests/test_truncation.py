@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.export import export
+from drama.folder import RetrieverSettings
 from drama.retrieve.models import open_model
 from drama.testing import tiny_llama
 from drama.truncation import baked_dim

@@ -7,7 +7,7 @@ from transformers import EuroBertConfig
 
 from drama.bench.rows import Rows
 from drama.blocks import Execution
-from drama.encoder import RetrieverSettings
+from drama.folder import RetrieverSettings
 from drama.plan import graph_bytes
 from drama.testing import byte_tokenizer
 

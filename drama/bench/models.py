@@ -8,8 +8,9 @@ import torch
 from transformers import AutoTokenizer, EuroBertConfig, EuroBertModel
 
 from drama.demo import find_llm
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.export import export
+from drama.folder import RetrieverSettings
 from drama.tokenizer import load_tokenizer
 
 

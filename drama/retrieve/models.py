@@ -6,7 +6,6 @@ B texts, D width.
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -22,15 +21,12 @@ from safetensors import SafetensorError
 from drama.data.packing import count_chunks, even_chunks
 from drama.encoder import Encoder
 from drama.errors import UserError, nearest
+from drama.folder import DOCUMENT_PROMPTS, NotForEncoderError, declared_mask, read_settings
 from drama.hf import model_sha256
 from drama.tokenizer import Kind
-from drama.truncation import baked_dim
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OUR_TYPES = ("llama", "eurobert")
-OUR_MODULES = ("Transformer", "Pooling", "Normalize")
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # in sentence-transformers' order
 TOKEN_BUDGET = 8192
 
 Encode = Callable[[Sequence[str], Kind], np.ndarray]
@@ -168,7 +164,7 @@ class OurModel(Model):
         self.encoder, self.path = encoder, str(folder)
         self.dim, self.trained_dims = encoder.dim, encoder.matryoshka_dims
         self.max_tokens = encoder.max_tokens
-        self.longest = encoder.backbone.config.max_position_embeddings
+        self.longest = encoder.longest
         self.compute_dtype = _name(next(encoder.parameters()).dtype)
 
     def prepare(self, texts: Sequence[str], kind: Kind, max_tokens: int) -> list[list[int]]:
@@ -214,8 +210,7 @@ class OtherModel(Model):
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise UserError(
-                f"{folder} is neither llama nor eurobert; pip install sentence-transformers to "
-                "use it"
+                f"{folder} is not for our encoder; pip install sentence-transformers to use it"
             ) from None
         _check_tokenizer(Path(folder))
         try:
@@ -232,6 +227,7 @@ class OtherModel(Model):
             raise UserError(
                 f"{folder}: sentence-transformers cannot load the model: {reason}"
             ) from error
+        self._check_mask(Path(folder))
         self.path, self.dim = str(folder), probe.shape[1]
         self.trained_dims = (self.dim,)
         limit = self.retriever.max_seq_length
@@ -255,6 +251,7 @@ class OtherModel(Model):
         self.retriever.max_seq_length = max_tokens
         vectors_BD = call(
             list(prepared),
+            prompt=self._prompt(kind),
             batch_size=max(1, token_budget // max_tokens),
             show_progress_bar=False,
             convert_to_numpy=True,
@@ -264,9 +261,40 @@ class OtherModel(Model):
         return unit_BD
 
     def count_tokens(self, text: str) -> int:
+        whole = self._prompt("document") + text
+        return len(self.retriever.tokenizer(whole, verbose=False)["input_ids"])
+
+    def _prompt(self, kind: Kind) -> str:
+        """As `drama.folder.read_settings`: sentence-transformers itself takes an empty "document"
+        before a "passage"."""
+        names = ("query",) if kind == "query" else DOCUMENT_PROMPTS
         prompts = self.retriever.prompts
-        prompt = next((prompts[name] for name in DOCUMENT_PROMPTS if prompts.get(name)), "")
-        return len(self.retriever.tokenizer(prompt + text, verbose=False)["input_ids"])
+        return next((prompts[name] for name in names if prompts.get(name)), "")
+
+    def _check_mask(self, folder: Path) -> None:
+        """Refuse a model whose mask is not the declared one, where its folder declares any.
+
+        The last word of a text is another, beside a longer text; do the tokens before notice?
+        """
+        config = getattr(getattr(self.retriever[0], "auto_model", None), "config", None)
+        declared = declared_mask(config, folder)
+        if declared is None:
+            return
+        rows = []
+        for last in ("moon", "sea"):
+            texts = [f"one two three four five {last}", "one two three four five six seven " * 3]
+            states = self.retriever.encode(
+                texts, output_value="token_embeddings", show_progress_bar=False
+            )
+            rows.append(states[0].float().cpu())
+        before = min(map(len, rows)) // 2  # half the tokens are the same whatever tokens are
+        sees_ahead = not torch.equal(rows[0][:before], rows[1][:before])
+        if sees_ahead == (declared == "causal"):
+            real = "bidirectional" if sees_ahead else "causal"
+            raise UserError(
+                f"{folder}: declared {declared}, but sentence-transformers runs it {real}; check "
+                "is_causal in config.json and the transformers version"
+            )
 
 
 @contextmanager
@@ -285,25 +313,13 @@ def _one_thread_each() -> Iterator[int]:
 
 def _is_ours(folder: Path) -> bool:
     """Whether `Encoder` runs the folder whole: the architecture, and no module besides."""
+    if not (folder / "config.json").is_file():
+        return False
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        if Path(error.filename).name == "config.json":
-            return False
-        modules = []
-    except ValueError as error:
-        raise UserError(f"{folder}: config.json or modules.json is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}/config.json holds no object; copy the model's there")
-    try:
-        kinds = [module["type"].rpartition(".")[2] for module in modules]
-    except (TypeError, KeyError, AttributeError):
-        raise UserError(
-            f"{folder}/modules.json is no list of modules, each with its type; copy it anew"
-        ) from None
-    known = (*OUR_MODULES, "Dense") if baked_dim(folder) else OUR_MODULES
-    return config.get("model_type") in OUR_TYPES and all(kind in known for kind in kinds)
+        read_settings(folder)
+    except NotForEncoderError:
+        return False
+    return True
 
 
 def _check_tokenizer(folder: Path) -> None:

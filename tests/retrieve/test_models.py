@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.export import export
+from drama.folder import RetrieverSettings
 from drama.hf import model_sha256
 from drama.retrieve.models import OtherModel, OurModel, open_model
 from drama.testing import byte_tokenizer, tiny_llama
@@ -134,7 +135,7 @@ def test_a_module_that_the_encoder_does_not_run_goes_to_sentence_transformers(co
 
 def test_without_sentence_transformers(other, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(UserError, match=r"llama nor eurobert; pip install sentence-transformers"):
+    with pytest.raises(UserError, match=r"not for our encoder; pip install sentence-tr"):
         open_model(other)
 
 
@@ -168,7 +169,7 @@ def test_bad_folders_are_one_line(copied, other, tmp_path):
             open_model(copied)
     (copied / "modules.json").unlink()
     (copied / "config.json").write_text(json.dumps(config)[:50])
-    with pytest.raises(UserError, match=r"copy: config.json or modules.json is no JSON"):
+    with pytest.raises(UserError, match=r"copy/config\.json: not valid JSON"):
         open_model(copied)
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
 from drama.export import export
+from drama.folder import RetrieverSettings
 from drama.retrieve.encode import encode_corpus
 from drama.retrieve.index import build_index
 from drama.testing import tiny_llama

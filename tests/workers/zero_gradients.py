@@ -20,7 +20,8 @@ from drama.console import quiet_libraries
 from drama.data.batches import RankBatch
 from drama.data.packing import TokenRows
 from drama.distributed import Ranks
-from drama.encoder import Encoder, RetrieverSettings
+from drama.encoder import Encoder
+from drama.folder import RetrieverSettings
 from drama.gradcache import GradCache
 from drama.loss import ContrastiveLoss
 
