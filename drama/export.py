@@ -71,8 +71,10 @@ def export(
     bidirectional = encoder.settings.attention == "bidirectional"
     model_type = encoder.backbone.config.model_type
     # Qwen2 has biases at three of the four projections, Qwen3 norms its heads
-    can = (model_type,) if model_type in ("qwen2", "qwen3") else ("eurobert", "llama")
-    architecture = architecture or can[0 if bidirectional or len(can) == 1 else 1]
+    can: tuple[Architecture, ...] = ("eurobert", "llama")
+    if model_type in ("qwen2", "qwen3"):
+        can = (model_type,)
+    architecture = architecture or can[0 if bidirectional else -1]
     if architecture not in can:
         raise UserError(
             f"a {model_type} cannot be written as {architecture}; use {' or '.join(can)}"
@@ -147,7 +149,8 @@ def _write_config(
             tokenizer.mask_token_id if tokenizer.mask_token_id is not None
             else tokenizer.pad_token_id
         )  # fmt: skip
-    config = config_class(**shared, tie_word_embeddings=False, architectures=[f"{prefix}Model"])
+    shared |= {"tie_word_embeddings": False, "architectures": [f"{prefix}Model"]}
+    config = config_class(**shared)
     config.dtype = dtype
     config.is_causal = not bidirectional  # transformers >= 5.2, vLLM
     config.use_bidirectional_attention = bidirectional  # text-embeddings-inference

@@ -149,8 +149,8 @@ def _read_modules(folder: Path) -> tuple[dict[str, Any], Pooling]:
         raise UserError(
             f"{folder}/modules.json is no list of modules, each with type and path; copy it anew"
         ) from None
-    known = [kind for kind in kinds if kind != "Dense" or baked_dim(folder) is None]
-    if known not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    ours = [kind for kind in kinds if kind != "Dense" or baked_dim(folder) is None]
+    if ours not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise NotForEncoderError(
             f"{folder}/modules.json: modules {', '.join(kinds)}; the encoder runs Transformer, "
             "Pooling and Normalize, open_model gives the others to sentence-transformers"

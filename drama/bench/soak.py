@@ -136,6 +136,8 @@ def _look(pid: int) -> tuple[float, int] | None:
     """Resident MiB and open file descriptors of a process; None where it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        if not pages:  # it is ending
+            return None
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{pid}/fd"))
     except (OSError, IndexError):
         return None
@@ -200,10 +202,16 @@ def broken_promises(disturbed: Soaked, alone: Soaked) -> list[str]:
 
 def growths(run: Soaked) -> dict[int, tuple[float, int, int]]:
     """By rank, over the steps of one life after it has settled: (most - least) / least of the
-    resident memory, and file descriptors in the first and the last tenth (medians)."""
+    resident memory, and file descriptors in the first and the last tenth (medians). The last step
+    does not count: behind it the model is written and the process ends."""
     found = {}
+    last_step = max((s.step for s in run.samples), default=0)
     for rank in sorted({sample.rank for sample in run.samples}):
-        settled = [s for s in run.samples if s.rank == rank and s.own_step >= SETTLED]
+        settled = [
+            s
+            for s in run.samples
+            if s.rank == rank and SETTLED <= s.own_step and s.step < last_step
+        ]
         if not settled:
             continue
         memory = [sample.rss_mib for sample in settled]
