@@ -210,7 +210,7 @@ def growths(run: Soaked) -> dict[int, tuple[float, int, int]]:
         settled = [
             s
             for s in run.samples
-            if s.rank == rank and SETTLED <= s.own_step and s.step < last_step
+            if s.rank == rank and s.own_step >= SETTLED and s.step < last_step
         ]
         if not settled:
             continue

@@ -18,6 +18,8 @@ def run(folder: Path, loss: float, memory: list[float], descriptors: list[int]):
         Sample(0, 0, 190 + 10 * i, 190 + 10 * i, rss, count)
         for i, (rss, count) in enumerate(zip(memory, descriptors, strict=True))
     ]
+    end = samples[-1].step + 10
+    samples.append(Sample(0, 0, end, end, 1.0, 0))  # of a process that ends
     return SimpleNamespace(kept=folder, samples=samples, pids=set())
 
 
