@@ -2,7 +2,7 @@
 
     import drama, mteb
 
-    model = drama.mteb_model("runs/mine/final")
+    model = drama.mteb_model("runs/mine/model")
     results = mteb.evaluate(model, tasks=mteb.get_tasks(["SciFact"]))
 
 B texts, D width.
