@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset, get_worker_info
@@ -87,6 +87,14 @@ class RankDataset(Dataset[Batch]):
                     raise
                 bad.append(BadRecord(index, error.reason, str(error)))
         return found, indices[kept], epochs[kept], bad
+
+    def record_ids(self, step: int) -> list[dict[str, Any]]:
+        """Which records a step has here: place in the shards, query id, source; reads them."""
+        records, indices, epochs, _ = self._read(step, self.shards.read)
+        return [
+            {"record": index, "epoch": epoch, "query_id": record.query_id, "source": record.source}
+            for record, index, epoch in zip(records, indices.tolist(), epochs.tolist(), strict=True)
+        ]
 
     def _no_tokens(self, max_tokens: int) -> str:
         tokens = self.shards.tokens

@@ -32,7 +32,9 @@ from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
+from drama.console import console
 from drama.errors import UserError
+from drama.full_disk import FullDisk
 from drama.settings import Optimization
 
 STATE = "state.json"
@@ -88,57 +90,91 @@ def save(
     extra: dict[str, Any],
     keep: Keep,
     write_model: Callable[[Path], None],
+    go_on: bool = False,
 ) -> None:
     """Write `folder/step-N`; every rank must call it.
 
     `inputs` says what the run reads (hashes), for `load` to compare; `extra` is kept as it is,
     plain values. `write_model(path)` is called on every rank and writes the retriever on rank 0.
     After the new one is whole others are removed: those of later steps, which a run that went on
-    from an earlier one has left behind, and those that `keep` does not name.
+    from an earlier one has left behind, and those that `keep` does not name. Where the disk is
+    full, on whichever rank, nothing is left of the new one; `go_on`: with a warning only.
 
     Raises:
         UserError: the disk is full; what was saved earlier stays.
     """
     target, temporary = folder / f"step-{step}", folder / f".step-{step}.partial"
-    if engine.global_rank == 0:
+    main, full = engine.global_rank == 0, FullDisk()
+    needed = 0
+    if main:
+        with full.noted():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            needed = max((_size_of(path) for path in whole_checkpoints(folder)[-1:]), default=0)
+            full.check_room(folder, needed)
+    if not full.anywhere(engine):
+        # DeepSpeed's own collectives go on whatever a rank could not write
+        writer = engine.checkpoint_engine.save
+        engine.checkpoint_engine.save = full.noting(writer)
+        try:
+            engine.save_checkpoint(str(temporary), tag="zero", save_latest=False)
+        finally:
+            engine.checkpoint_engine.save = writer
+        with full.noted():
+            write_model(temporary / "model")
+    if not full.anywhere(engine) and main:
+        with full.noted():
+            _conclude(temporary, step, engine.world_size, inputs, extra)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            _sync(folder)
+            whole = whole_checkpoints(folder)
+            staying = keep.chosen([n for n in map(step_of, whole) if n <= step])
+            for path in whole:
+                if step_of(path) not in staying:
+                    shutil.rmtree(path)
+    if not full.anywhere(engine):
+        return
+    free = shutil.disk_usage(folder).free if main else 0
+    if main:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    size = f"about {needed:,} bytes are needed, " if needed else ""
+    said = f"{target}: the checkpoint cannot be written, the disk is full ({size}{free:,} are free)"
     _barrier()
-    try:
-        engine.save_checkpoint(str(temporary), tag="zero", save_latest=False)
-    except RuntimeError as error:
-        if not re.search("PytorchStreamWriter|inline_container|file write", str(error)):
-            raise
+    if not go_on:
         raise UserError(
-            f"{target}: the checkpoint cannot be written, is the disk full? Earlier ones stay; "
-            "make room and start again, or lower train.keep_last"
-        ) from error
-    write_model(temporary / "model")
-    _barrier()
-    if engine.global_rank == 0:
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        names = [str(path.relative_to(temporary)) for path in files]
-        state = {
-            "step": step,
-            "world_size": engine.world_size,
-            "inputs": inputs,
-            "extra": extra,
-            "files": {name: p.stat().st_size for name, p in zip(names, files, strict=True)},
-            "sha256": dict(zip(names, _sha256_of(files), strict=True)),
-        }
-        state["digest"] = _digest(state)
-        (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-        for path in (*files, temporary / STATE, *{p.parent for p in files}, temporary):
-            _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        _sync(folder)
-        whole = whole_checkpoints(folder)
-        staying = keep.chosen([n for n in map(step_of, whole) if n <= step])
-        for path in whole:
-            if step_of(path) not in staying:
-                shutil.rmtree(path)
-    _barrier()
+            f"{said}. Earlier ones stay; make room and start again, lower train.keep_last, or set "
+            "train.on_full_disk: go_on"
+        )
+    if main:
+        console.print(
+            f"warning: {said}; training goes on and tries again at the next train.save_every",
+            style="yellow", markup=False, soft_wrap=True, highlight=False,
+        )  # fmt: skip
+
+
+def _conclude(
+    folder: Path, step: int, world_size: int, inputs: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    """Write state.json over all that is there, and have everything on the disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    names = [str(path.relative_to(folder)) for path in files]
+    state = {
+        "step": step,
+        "world_size": world_size,
+        "inputs": inputs,
+        "extra": extra,
+        "files": {name: p.stat().st_size for name, p in zip(names, files, strict=True)},
+        "sha256": dict(zip(names, _sha256_of(files), strict=True)),
+    }
+    state["digest"] = _digest(state)
+    (folder / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    for path in (*files, folder / STATE, *{p.parent for p in files}, folder):
+        _sync(path)
+
+
+def _size_of(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
 
 
 def all_checkpoints(folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ B queries, N documents, X = B + N texts of this rank, M documents of all ranks, 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -114,6 +115,8 @@ class GradCache:
         result = self.loss(vectors_XD[: share.num_queries], columns, targets)
         # the engine averages over ranks; the objective is a sum of the ranks' shares
         gradient_XD = torch.cat([result.grad_q_BD, result.grad_k_ND]) * self.world_size
+        if not math.isfinite(result.loss + result.grad_temperature):
+            gradient_XD.fill_(math.nan)  # so that the engine leaves the step out
         watch.lap("loss")
 
         self._replay(chunks, packed, graphs, gradient_XD, watch)

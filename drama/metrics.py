@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from rich.progress import Progress, TaskID
 from drama.console import console
 from drama.distributed import Ranks
 from drama.files import replacing
+from drama.full_disk import FullDisk
 from drama.settings import Settings
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -142,9 +143,10 @@ class MetricsFile:
 
     def write(self, values: dict[str, Any]) -> None:
         self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        self.file.flush()  # what does not fit stays in the buffer, for the next time
 
     def close(self) -> None:
+        self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
 
@@ -155,6 +157,27 @@ class StepLog:
     def __init__(self, output: Path, ranks: Ranks, title: str) -> None:
         self.output, self.ranks, self.title = output, ranks, title
         self.file: MetricsFile | None = None
+        self.full = FullDisk()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self.file is not None
+        self._where_it_fits(lambda file=self.file: file.write(line))
+
+    def _publish(self, monitor: Any, events: list[tuple[str, Any, int]]) -> None:
+        """To TensorBoard and the like."""
+        self._where_it_fits(lambda: monitor.write_events(events))
+
+    def _where_it_fits(self, write: Callable[[], None]) -> None:
+        """A full disk under the log is a warning, once: training itself goes on."""
+        known = self.full.found
+        with self.full.noted():
+            write()
+        if self.full.found and not known:
+            console.print(
+                f"warning: {self.output}: the disk is full, metrics.jsonl and TensorBoard may lack "
+                "steps from here on",
+                style="yellow", markup=False, soft_wrap=True, highlight=False,
+            )  # fmt: skip
 
     def open(self, first_step: int, bar: Progress, num_steps: int) -> None:
         """Go on at a step: later lines of a run that was stopped are dropped."""
@@ -163,10 +186,20 @@ class StepLog:
         self.bar = bar
         self.task: TaskID = bar.add_task(self.title, total=num_steps, completed=first_step, note="")
 
+    def skip(
+        self, step: int, total: int, *, lr: float, seconds: float, evaluation: Any = None
+    ) -> None:
+        """A step that was left out. total: of them since the run began."""
+        if self.file is None:
+            return
+        line = {"step": step, "skipped": True, "skipped_steps": total, "lr": lr, "seconds": seconds}
+        self._write(line | ({} if evaluation is None else {"evaluation": evaluation}))
+        self.bar.update(self.task, advance=1, note="left out")
+
     def close(self) -> None:
         """Have all lines on the disk."""
         if self.file is not None:
-            self.file.close()
+            self._where_it_fits(self.file.close)
 
 
 def _step(line: str) -> float:

@@ -132,14 +132,28 @@ def settle_reduction(engine: Any, wanted: Reduction) -> Reduction:
 
 
 def step_engine(engine: Any) -> float:
-    """The engine's optimizer and schedule step; return the gradients' norm before clipping."""
+    """The engine's optimizer and schedule step; return the gradients' norm before clipping.
+
+    Where the norm is no number the schedule alone moves on: weights and moments stay.
+    """
     if engine.zero_optimization_stage():
+        skipped = engine.skipped_steps
         engine.step()
-        norm = float(engine.get_global_grad_norm())
-        return norm if norm >= 0 else math.nan  # DeepSpeed's mark is -1
+        if engine.skipped_steps > skipped:
+            engine.lr_scheduler.step()  # which DeepSpeed holds back
+            return math.nan
+        return float(engine.get_global_grad_norm())
     # DeepSpeed measures it only where ZeRO does
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    if not math.isfinite(norm):
+        for parameter in parameters:  # AdamW passes over a weight without a gradient
+            parameter.grad = None
+        clip = engine.clip_fp32_gradients  # it wants at least one
+        engine.clip_fp32_gradients = lambda: None
+        engine.step()
+        engine.clip_fp32_gradients = clip
+        return norm
     engine.step()
     return norm
 

@@ -95,14 +95,12 @@ def prolongable(train: Schedule) -> set[str]:
     return {"steps", "epochs"} if train.schedule in ("wsd", "constant") else set()
 
 
-def check_finite(
-    ranks: Ranks, output: Path, step: int, rate: str = "", /, **figures: float
-) -> None:
-    """Stop a run that has diverged before its weights are written anywhere: what was saved earlier
-    is all that is left of it. A collective. rate: another key of the recipe that may be too high.
+def check_finite(ranks: Ranks, output: Path, step: int, /, **figures: float) -> None:
+    """Stop a run whose evaluation is no number before its weights are written anywhere: what was
+    saved earlier is all that is left of it. A collective.
 
     Raises:
-        UserError: a figure of this step is no number, on whichever rank.
+        UserError: a figure is no number, on whichever rank.
     """
     wrong = [f"{name} {value}" for name, value in figures.items() if not math.isfinite(value)]
     if not ranks.sum(len(wrong)):
@@ -110,6 +108,6 @@ def check_finite(
     saved = checkpoint.whole_checkpoints(output / "checkpoints")
     raise UserError(
         f"step {step} diverged ({', '.join(wrong) or 'on another rank'}) and nothing of it is "
-        f"saved; the last good checkpoint: {saved[-1] if saved else 'none yet'}; lower train.lr"
-        f"{f' or {rate}' if rate else ''}, or lengthen the warm-up, in another output"
+        f"saved; the last good checkpoint: {saved[-1] if saved else 'none yet'}; lower train.lr, "
+        "or lengthen the warm-up, in another output"
     )

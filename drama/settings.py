@@ -36,6 +36,12 @@ class Schedule(Strict):
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1  # of the steps; wsd only
 
 
+# of `Optimization`: what is kept on disk and when a run stops, nothing of its mathematics
+KEEPING_KEYS = {
+    "save_every", "keep_last", "keep_every", "max_bad_steps", "stuck_after", "on_full_disk",
+}  # fmt: skip
+
+
 class Optimization(Schedule):
     """AdamW under DeepSpeed, and what is kept of it on disk."""
 
@@ -48,6 +54,9 @@ class Optimization(Schedule):
     save_every: Positive = 500
     keep_last: Positive = 2  # checkpoints; in wsd the newest of the flat part stays too
     keep_every: Positive | None = None  # steps; checkpoints of its multiples stay for good
+    max_bad_steps: Positive = 3  # in a row without a finite loss or gradient; then the run stops
+    stuck_after: Annotated[float, Field(gt=0)] = 1800.0  # seconds without progress end all ranks
+    on_full_disk: Literal["stop", "go_on"] = "stop"  # a checkpoint that does not fit
 
     def deepspeed_config(
         self, *, world_size: int, rows_per_rank: int, accumulation: int = 1
@@ -96,6 +105,12 @@ class Optimization(Schedule):
                 f"{self.precision}"
             )
         bf16["enabled"] = wanted
+        if bf16.get("check_grad_overflow", True) is not True:
+            raise UserError(
+                f"{path}: bf16.check_grad_overflow must be true, or steps without a finite "
+                "gradient would change the weights; remove it"
+            )
+        bf16["check_grad_overflow"] = True
         stage = config.get("zero_optimization", {}).get("stage", 0)
         if wanted and stage == 0:
             raise UserError(

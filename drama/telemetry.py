@@ -57,7 +57,7 @@ class Telemetry(StepLog):
             line["evaluation"] = evaluation
         if self.file is None:
             return
-        self.file.write(line)
+        self._write(line)
         note = (
             f"loss {line['loss']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  mfu {line['mfu']:.0%}"
         )
@@ -73,7 +73,7 @@ class Telemetry(StepLog):
             events |= {f"{group}/{name}": x for name, x in values.items()}
         events |= {f"eval/{name}": x for name, x in (evaluation or {}).items()}
         samples = (step + 1) * self.recipe.train.batch_size
-        self.engine.monitor.write_events([(name, x, samples) for name, x in events.items()])
+        self._publish(self.engine.monitor, [(name, x, samples) for name, x in events.items()])
 
     def _line(
         self, step: int, batch: RankBatch, output: StepOutput, seconds: float, waited: float

@@ -35,16 +35,18 @@ from drama.optimizer import start_engine
 from drama.recipe import EvalRecipe, Recipe, StepRecipe
 from drama.resume import check_finite, choose_start, count_steps, prolongable
 from drama.run_facts import run_facts
-from drama.settings import check_same_run
+from drama.settings import KEEPING_KEYS, check_same_run
+from drama.stability import BadSteps
 from drama.stopping import StopSignals, leave
 from drama.teacher import TeacherVectors
 from drama.telemetry import Telemetry
 from drama.temperature import LearnedTemperature
 from drama.validation import Validator, better
+from drama.watchdog import Watchdog
 
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
-    "train": {"save_every", "keep_last", "keep_every", "token_budget"},
+    "train": {*KEEPING_KEYS, "token_budget"},
     # what the shards hold is compared by hash; a mixture may go on with other sources and weights
     "data": {"workers", "on_bad", "cache", "cache_gb", "shards", "weights", "language_alpha"},
     "step": set(StepRecipe.model_fields),
@@ -75,6 +77,7 @@ class Trainer:
         self.chosen = choices.prepare(self.encoder, recipe, ranks.device)
         self.batches = self._open_data()
         self.bad = BadRecords(recipe.output)
+        self.bad_steps = BadSteps(ranks, recipe.output, recipe.train.max_bad_steps)
         self.num_steps = count_steps(
             recipe.train.steps, recipe.train.epochs, self.batches.order.batches_per_epoch
         )
@@ -208,42 +211,59 @@ class Trainer:
         first = self._resume(self.start, inputs) if self.start else 0
         console.print(self._headline(first))
         choices.show(self.chosen, recipe, self.encoder, self.step_runner, self.dtype)
-        with progress(disable=not self.ranks.is_main) as bar, StopSignals(self.ranks) as signals:
+        with (
+            progress(disable=not self.ranks.is_main) as bar,
+            StopSignals(self.ranks) as signals,
+            Watchdog(self.ranks, recipe.train.stuck_after) as watchdog,
+        ):
             self.telemetry.open(first, bar, self.num_steps)
             steps = range(first, self.num_steps)
             loader = load_ahead(self.batches, steps, recipe.data.workers)
             for step in steps:
                 began = time.perf_counter()
+                watchdog.at(step, "data")
                 batch = next(loader)
                 waited = time.perf_counter() - began
                 self.bad.report(step, batch.bad)
                 rate = self.engine.get_lr()[0]
+                watchdog.at(step, "first step" if step == first else "step")
                 output_of_step = self.step_runner.step(batch)
                 if step == first:
                     self._warn_of_no_scores(output_of_step)
-                check_finite(
-                    self.ranks,
-                    output,
+                skipped = self.bad_steps.left_out(
                     step,
+                    lambda step=step: self.batches.record_ids(step),
                     loss=output_of_step.loss,
                     grad_norm=output_of_step.grad_norm,
                     grad_temperature=output_of_step.grad_temperature,
                 )
-                if recipe.loss.learn_temperature:
+                if recipe.loss.learn_temperature and not skipped:
                     self.temperature.step(output_of_step.grad_temperature, rate)
                 done, seconds = step + 1, time.perf_counter() - began
-                self.telemetry.record(
-                    step,
-                    batch,
-                    output_of_step,
-                    seconds=seconds,
-                    waited=waited,
-                    lr=rate,
-                    temperature=self.temperature.value,
-                    evaluation=self._evaluate(done),
-                )
+                watchdog.at(step, "evaluate")
+                evaluation = self._evaluate(done)
+                if skipped:
+                    self.telemetry.skip(
+                        step,
+                        self.bad_steps.total,
+                        lr=rate,
+                        seconds=seconds,
+                        evaluation=evaluation,
+                    )
+                else:
+                    self.telemetry.record(
+                        step,
+                        batch,
+                        output_of_step,
+                        seconds=seconds,
+                        waited=waited,
+                        lr=rate,
+                        temperature=self.temperature.value,
+                        evaluation=evaluation,
+                    )
                 stopping = signals.asked() and done < self.num_steps
                 if stopping or done % recipe.train.save_every == 0 or done == self.num_steps:
+                    watchdog.at(step, "save")
                     checkpoint.save(
                         self.engine,
                         output / "checkpoints",
@@ -252,6 +272,7 @@ class Trainer:
                         extra=self._extra(done),
                         keep=checkpoint.Keep.of(recipe.train, self.pace.flat_until),
                         write_model=self._write_model,
+                        go_on=self._may_go_on(done) and not stopping,
                     )
                 if stopping:
                     self.telemetry.close()
@@ -260,10 +281,14 @@ class Trainer:
         self._write_model(output / "model", with_facts=True)
         return output / "model"
 
+    def _may_go_on(self, done: int) -> bool:
+        return self.recipe.train.on_full_disk == "go_on" and done < self.num_steps
+
     def _resume(self, folder: Path, inputs: dict[str, Any]) -> int:
         first, extra = checkpoint.load(self.engine, folder, inputs)
         self.best = extra["best"]
         self.temperature.state = extra["temperature"]
+        self.bad_steps.state = extra.get("bad_steps", [0, 0])
         if self.validator and self.best and self.best["judge"] != self.validator.judge:
             console.print(
                 f"eval: what was best (step {self.best['step']}) was judged by other data and is "
@@ -281,6 +306,7 @@ class Trainer:
             "best": self.best,
             "temperature": self.temperature.state,
             "pace": self.pace,
+            "bad_steps": self.bad_steps.state,
             "data": order.state(done) if isinstance(order, Mixture) else None,
         }
 

@@ -20,7 +20,12 @@ def write(folder: Path, step: int, last: int = 2, **keep: int) -> None:
         (Path(path) / "zero").mkdir()
         (Path(path) / "zero" / "weights.pt").write_bytes(b"weights")
 
-    engine = SimpleNamespace(global_rank=0, world_size=1, save_checkpoint=save_checkpoint)
+    engine = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
+        save_checkpoint=save_checkpoint,
+        checkpoint_engine=SimpleNamespace(save=None),
+    )
     save(
         *(engine, folder, step),
         inputs={}, extra={"seen": {3: (0.1, 2)}}, keep=Keep(last, **keep),

@@ -12,6 +12,7 @@ R rows of a global batch, B rows of a pass, N tokens a row, K domains.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,17 @@ from drama.prune.source import find_llm, load_model, load_tokenizer, read_config
 from drama.prune.surgery import cut
 from drama.prune.telemetry import PruneTelemetry, StepOutput, warn_of_masks
 from drama.prune.text import TextStream, find_texts, open_domain, sha256_of, tokenise
-from drama.resume import check_finite, sound_checkpoints
-from drama.settings import check_same_run
+from drama.resume import sound_checkpoints
+from drama.settings import KEEPING_KEYS, check_same_run
+from drama.stability import BadSteps, sound_scale
 from drama.stopping import StopSignals, leave
+from drama.watchdog import Watchdog
 
 MASK_FILE = "masks.safetensors"
 CHECKPOINT_BYTES = 16  # of a weight: itself, its float32 master, two moments
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
-    "train": {"save_every", "keep_last", "keep_every", "rows_per_pass", "recompute_blocks"},
+    "train": {*KEEPING_KEYS, "rows_per_pass", "recompute_blocks"},
     "eval": {"every"},
 }
 
@@ -106,6 +109,7 @@ class Pruner:
         )
         self.closing = Closing(self.masks, recipe.masks, recipe.train.steps)
         self.domains: DomainWeights
+        self.bad_steps = BadSteps(ranks, recipe.output, recipe.train.max_bad_steps)
         # a GPU's tensor cores want widths of 64; on a CPU every channel left out is saved
         self.multiple = 64 if self.device.type == "cuda" else 1
 
@@ -151,7 +155,8 @@ class Pruner:
         for number, ids_BN in enumerate(passes, 1):
             losses_B = self.engine(ids_BN.to(self.device))
             watch.lap("forward")
-            self.engine.backward(losses_B.mean())
+            loss = losses_B.mean()
+            self.engine.backward(loss * sound_scale(loss))
             watch.lap("backward")
             if number < len(passes):
                 self.engine.step()  # counts the pass; the weights move at the last one
@@ -166,11 +171,14 @@ class Pruner:
             dist.all_reduce(sums_K)
             dist.all_reduce(gradients)
             gradients /= self.ranks.world_size
-        penalty = self.closing.step(step, alive, gradients)
+        sound = math.isfinite(grad_norm) and bool(gradients.isfinite().all())
+        if not sound:
+            grad_norm = math.nan
+        penalty = self.closing.step(step, alive, gradients) if sound else 0.0
         watch.lap("masks")
         counts = torch.bincount(domain_R, minlength=len(names)).tolist()
         losses_of = dict(zip(names, sums_K.tolist(), strict=True))
-        for name, count in zip(names, counts, strict=True):
+        for name, count in zip(names, counts, strict=True) if sound else ():
             self.domains.observe(name, losses_of[name], count)
         return StepOutput(
             loss=sums_K.sum().item() / recipe.train.batch_rows,
@@ -210,30 +218,49 @@ class Pruner:
         first = self.begin()
         telemetry = PruneTelemetry(recipe, self.engine, self.masks, self.ranks)
         console.print(telemetry.headline(first, self.text), highlight=False)
-        with progress(disable=not self.ranks.is_main) as bar, StopSignals(self.ranks) as signals:
+        with (
+            progress(disable=not self.ranks.is_main) as bar,
+            StopSignals(self.ranks) as signals,
+            Watchdog(self.ranks, recipe.train.stuck_after) as watchdog,
+        ):
             telemetry.open(first, bar, recipe.train.steps)
             for step in range(first, recipe.train.steps):
                 began, rate = time.perf_counter(), self.engine.get_lr()[0]
+                watchdog.at(step, "first step" if step == first else "step")
                 found = self.step(step)
                 figures = {"loss": found.loss, "grad_norm": found.grad_norm}
-                check_finite(self.ranks, output, step, "masks.lr", **figures)
+                skipped = self.bad_steps.left_out(
+                    step, lambda found=found: self._rows(found), "masks.lr", **figures
+                )
                 done = step + 1
                 if recipe.data.update_every and done % recipe.data.update_every == 0:
                     self.domains.update()
                 seconds = time.perf_counter() - began
                 due = done % recipe.eval.every == 0 or done == recipe.train.steps
-                telemetry.record(
-                    step,
-                    found,
-                    self.domains,
-                    ramp=self.closing.ramp(step),
-                    lr=rate,
-                    seconds=seconds,
-                    evaluation=self.evaluate(self.masks.final()) if due else None,
-                )
+                watchdog.at(step, "evaluate")
+                evaluation = self.evaluate(self.masks.final()) if due else None
+                if skipped:
+                    telemetry.skip(
+                        step,
+                        self.bad_steps.total,
+                        lr=rate,
+                        seconds=seconds,
+                        evaluation=evaluation,
+                    )
+                else:
+                    telemetry.record(
+                        step,
+                        found,
+                        self.domains,
+                        ramp=self.closing.ramp(step),
+                        lr=rate,
+                        seconds=seconds,
+                        evaluation=evaluation,
+                    )
                 stopping = signals.asked() and done < recipe.train.steps
                 if stopping or done % recipe.train.save_every == 0 or done == recipe.train.steps:
-                    self._save(done)
+                    watchdog.at(step, "save")
+                    self._save(done, last=stopping or done == recipe.train.steps)
                 if stopping:
                     telemetry.close()
                     leave(done, output)
@@ -256,6 +283,7 @@ class Pruner:
         self.domains = DomainWeights(names, extra["domains"]["reference"], **options)
         self.domains.load(extra["domains"])
         self.text.drawn = extra["drawn"]
+        self.bad_steps.state = extra.get("bad_steps", [0, 0])
         self.closing.load(load_file(start / "model" / MASK_FILE))
         return step
 
@@ -263,15 +291,27 @@ class Pruner:
         facts = sorted((self.recipe.output / "text").glob("*.json"))
         return hashlib.sha256("".join(sha256_of(path) for path in facts).encode()).hexdigest()
 
-    def _save(self, done: int) -> None:
+    def _rows(self, found: StepOutput) -> list[dict[str, Any]]:
+        """Rows of each domain in a global batch: the last ones that were drawn of it."""
+        return [
+            {"source": name, "rows": [self.text.drawn[name] - count, self.text.drawn[name]]}
+            for name, count in found.rows.items()
+        ]
+
+    def _save(self, done: int, *, last: bool) -> None:
         checkpoint.save(
             self.engine,
             self.recipe.output / "checkpoints",
             done,
             inputs=self.inputs,
-            extra={"domains": self.domains.state(), "drawn": self.text.drawn},
+            extra={
+                "domains": self.domains.state(),
+                "drawn": self.text.drawn,
+                "bad_steps": self.bad_steps.state,
+            },
             keep=checkpoint.Keep.of(self.recipe.train),
             write_model=self._write_masks,
+            go_on=self.recipe.train.on_full_disk == "go_on" and not last,
         )
 
     def _write_masks(self, folder: Path) -> None:

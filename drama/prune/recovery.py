@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from drama import checkpoint
 from drama.console import console, progress
@@ -37,14 +36,16 @@ from drama.prune.recovery_telemetry import RecoveryTelemetry, losses_by_source
 from drama.prune.source import find_llm, load_model, load_tokenizer, read_config
 from drama.prune.student import Student
 from drama.resume import check_finite, choose_start, count_steps, prolongable
-from drama.settings import check_same_run
+from drama.settings import KEEPING_KEYS, check_same_run
+from drama.stability import BadSteps
 from drama.stopping import StopSignals, leave
 from drama.tokenizer import TextEncoder, appending_eos
+from drama.watchdog import Watchdog
 
 CHECKPOINT_BYTES = 20  # of a weight: the model's, itself, float32 master and two moments
 # what may differ when a run goes on: none of it changes the mathematics
 _FREE_KEYS = {
-    "train": {"save_every", "keep_last", "keep_every", "token_budget"},
+    "train": {*KEEPING_KEYS, "token_budget"},
     # what the shards hold is compared by hash; a mixture may go on with other sources and weights
     "data": {"workers", "on_bad", "cache", "cache_gb", "shards", "weights", "language_alpha"},
     "step": set(RecoveryStepRecipe.model_fields),
@@ -85,6 +86,7 @@ class Recoverer:
         self.objective = self._objective(reader)
         self.texts = Texts(recipe, TextEncoder(reader), ranks)
         self.bad = BadRecords(recipe.output)
+        self.bad_steps = BadSteps(ranks, recipe.output, recipe.train.max_bad_steps)
         self.num_steps = count_steps(
             recipe.train.steps, recipe.train.epochs, self.texts.order.batches_per_epoch
         )
@@ -192,34 +194,55 @@ class Recoverer:
         console.print(self.telemetry.headline(first, self.num_steps), highlight=False)
         self.telemetry.show(self.reduction, self.liger)
         evaluation = None
-        with progress(disable=not self.ranks.is_main) as bar, StopSignals(self.ranks) as signals:
+        with (
+            progress(disable=not self.ranks.is_main) as bar,
+            StopSignals(self.ranks) as signals,
+            Watchdog(self.ranks, recipe.train.stuck_after) as watchdog,
+        ):
             self.telemetry.open(first, bar, self.num_steps)
             batches = self.texts.load(first, self.num_steps)
             for step in range(first, self.num_steps):
                 began = time.perf_counter()
+                watchdog.at(step, "data")
                 batch = next(batches)
                 waited = time.perf_counter() - began
                 self.bad.report(step, batch.bad)
                 rate = self.engine.get_lr()[0]
+                watchdog.at(step, "first step" if step == first else "step")
                 result = self.step_runner.step(batch)
                 figures = {"loss": result.loss, "grad_norm": result.grad_norm}
-                check_finite(self.ranks, output, step, **figures)
-                done, seconds = step + 1, time.perf_counter() - began
-                self.texts.observe(result.sums_S, result.counts_S)
-                evaluation = self._evaluate(done)
-                self.telemetry.record(
-                    step,
-                    batch,
-                    result,
-                    lr=rate,
-                    seconds=seconds,
-                    waited=waited,
-                    evaluation=evaluation,
+                skipped = self.bad_steps.left_out(
+                    step, lambda step=step: self.texts.batches.record_ids(step), **figures
                 )
+                done, seconds = step + 1, time.perf_counter() - began
+                if not skipped:
+                    self.texts.observe(result.sums_S, result.counts_S)
+                watchdog.at(step, "evaluate")
+                evaluation = self._evaluate(done)
+                if skipped:
+                    self.telemetry.skip(
+                        step,
+                        self.bad_steps.total,
+                        lr=rate,
+                        seconds=seconds,
+                        evaluation=evaluation,
+                    )
+                else:
+                    self.telemetry.record(
+                        step,
+                        batch,
+                        result,
+                        lr=rate,
+                        seconds=seconds,
+                        waited=waited,
+                        evaluation=evaluation,
+                    )
                 self.texts.update(done)
                 stopping = signals.asked() and done < self.num_steps
                 if stopping or done % recipe.train.save_every == 0 or done == self.num_steps:
-                    self._save(done, inputs, evaluation)
+                    watchdog.at(step, "save")
+                    last = stopping or done == self.num_steps
+                    self._save(done, inputs, evaluation, last=last)
                 if stopping:
                     self.telemetry.close()
                     leave(done, output)
@@ -252,6 +275,7 @@ class Recoverer:
     def _resume(self, folder: Path, inputs: dict[str, Any]) -> None:
         first, extra = checkpoint.load(self.engine, folder, inputs)
         self.before = extra["before"]
+        self.bad_steps.state = extra.get("bad_steps", [0, 0])
         for note in self.texts.resume(extra["texts"], first):
             console.print(f"data: {note}", markup=False)
 
@@ -275,7 +299,14 @@ class Recoverer:
 
     # -- writing ------------------------------------------------------------------------------
 
-    def _save(self, done: int, inputs: dict[str, Any], evaluation: dict[str, Any] | None) -> None:
+    def _save(
+        self,
+        done: int,
+        inputs: dict[str, Any],
+        evaluation: dict[str, Any] | None,
+        *,
+        last: bool,
+    ) -> None:
         checkpoint.save(
             self.engine,
             self.recipe.output / "checkpoints",
@@ -285,9 +316,11 @@ class Recoverer:
                 "before": self.before,
                 "texts": self.texts.state(done),
                 "pace": self.pace,
+                "bad_steps": self.bad_steps.state,
             },
             keep=checkpoint.Keep.of(self.recipe.train, self.pace.flat_until),
             write_model=lambda folder: self._write_model(folder, done, evaluation),
+            go_on=self.recipe.train.on_full_disk == "go_on" and not last,
         )
 
     def _write_model(self, folder: Path, done: int, evaluation: dict[str, Any] | None) -> None:
@@ -300,8 +333,6 @@ class Recoverer:
             model = build_lm(config, weights)
             model.generation_config = self.generation_config
             write_model(model, self.tokenizer, self._facts(done, evaluation), folder)
-        if self.ranks.world_size > 1:
-            dist.barrier()
 
     def _facts(self, done: int, evaluation: dict[str, Any] | None) -> dict[str, Any]:
         """Those of the cut, and one entry for each recovery since."""

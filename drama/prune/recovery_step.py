@@ -27,6 +27,7 @@ from drama.metrics import Stopwatch
 from drama.optimizer import Reduction, step_engine
 from drama.prune.parent import Parent
 from drama.prune.predictions import Chunk, Objective
+from drama.stability import sound_scale
 
 
 @dataclass
@@ -103,7 +104,7 @@ class RecoveryStep:
                 watch.lap("forward")
                 # the engine averages over ranks; the objective is a sum of the ranks' shares
                 scale = self.world_size / max(1, total)
-                self.engine.backward(loss * scale, scale_wrt_gas=False)
+                self.engine.backward(loss * sound_scale(loss, scale), scale_wrt_gas=False)
                 watch.lap("backward")
                 figures[:-2] += self._by_source(batch, rows, chunk, ce_P)
                 figures[-2] += kl_P.double().sum().item()

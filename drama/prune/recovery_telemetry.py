@@ -113,7 +113,7 @@ class RecoveryTelemetry(StepLog):
             }
         if self.file is None:
             return
-        self.file.write(line)
+        self._write(line)
         note = (
             f"loss {line['loss']:.3f}  {line['tokens_per_s']:,.0f} tokens/s  mfu {line['mfu']:.0%}"
         )
@@ -126,7 +126,7 @@ class RecoveryTelemetry(StepLog):
         events |= {f"weights/{name}": x for name, x in line.get("source_weights", {}).items()}
         events |= {f"eval/{name}": x for name, x in line.get("evaluation", {}).items()}
         samples = (step + 1) * self.recipe.train.batch_texts
-        self.engine.monitor.write_events([(name, x, samples) for name, x in events.items()])
+        self._publish(self.engine.monitor, [(name, x, samples) for name, x in events.items()])
 
     def _line(
         self, step: int, batch: TextBatch, output: StepOutput, seconds: float, waited: float

@@ -91,7 +91,7 @@ class PruneTelemetry(StepLog):
         }
         if evaluation is not None:
             line["evaluation"] = evaluation
-        self.file.write(line)
+        self._write(line)
         self._monitor(line)
         self.bar.update(self.task, advance=1, note=_note(line))
 
@@ -102,7 +102,7 @@ class PruneTelemetry(StepLog):
             events |= {f"{group}/{name}": x for name, x in line[group].items()}
         events |= {f"eval/{name}": x for name, x in line.get("evaluation", {}).items()}
         samples = (line["step"] + 1) * self.recipe.train.batch_rows
-        self.engine.monitor.write_events([(name, x, samples) for name, x in events.items()])
+        self._publish(self.engine.monitor, [(name, x, samples) for name, x in events.items()])
 
 
 def warn_of_masks(masks: Masks, sparsity: dict[str, float], dead: dict[str, int]) -> None:
