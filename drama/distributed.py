@@ -126,7 +126,9 @@ class Ranks:
             _prepare_extensions(local_rank)
             keep_freed_memory()
         try:
-            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+            deepspeed.init_distributed(
+                "nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=_patience()
+            )
         except (RuntimeError, ValueError) as error:
             if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
                 raise UserError(
@@ -146,6 +148,12 @@ class Ranks:
         dist.destroy_process_group()
         if stopped is not None:
             raise stopped
+
+
+def _patience() -> timedelta:
+    """How long a collective waits: longer than `train.stuck_after`, which says whom it waits for;
+    DeepSpeed's own ten minutes name nobody."""
+    return timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "30")))
 
 
 def _check_alone(environment: Mapping[str, str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -131,21 +133,23 @@ def settle_reduction(engine: Any, wanted: Reduction) -> Reduction:
     return "step" if fits.item() else "chunk"
 
 
-def step_engine(engine: Any) -> float:
+def step_engine(engine: Any, *, sound: bool = True) -> float:
     """The engine's optimizer and schedule step; return the gradients' norm before clipping.
 
     Where the norm is no number the schedule alone moves on: weights and moments stay.
+    sound: false, on every rank, where something else of the step is no number: the norm is NaN.
     """
     if engine.zero_optimization_stage():
         skipped = engine.skipped_steps
-        engine.step()
+        with nullcontext() if sound else _overflowing(engine.optimizer):
+            engine.step()
         if engine.skipped_steps > skipped:
             engine.lr_scheduler.step()  # which DeepSpeed holds back
             return math.nan
         return float(engine.get_global_grad_norm())
     # DeepSpeed measures it only where ZeRO does
     parameters = [p for p in engine.module.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters])) if sound else math.nan
     if not math.isfinite(norm):
         for parameter in parameters:  # AdamW passes over a weight without a gradient
             parameter.grad = None
@@ -156,6 +160,23 @@ def step_engine(engine: Any) -> float:
         return norm
     engine.step()
     return norm
+
+
+@contextmanager
+def _overflowing(optimizer: Any) -> Iterator[None]:
+    """Have a ZeRO optimizer find a norm that is no number: of its groups (stage 3), or of all."""
+    name = "_get_norm_groups" if hasattr(optimizer, "_get_norm_groups") else "scaled_global_norm"
+    real = getattr(optimizer, name)
+
+    def norm() -> Any:
+        found = real()
+        return [x * math.nan for x in found] if isinstance(found, list) else found * math.nan
+
+    setattr(optimizer, name, norm)
+    try:
+        yield
+    finally:
+        delattr(optimizer, name)
 
 
 def schedule(

@@ -55,7 +55,8 @@ class Optimization(Schedule):
     keep_last: Positive = 2  # checkpoints; in wsd the newest of the flat part stays too
     keep_every: Positive | None = None  # steps; checkpoints of its multiples stay for good
     max_bad_steps: Positive = 3  # in a row without a finite loss or gradient; then the run stops
-    stuck_after: Annotated[float, Field(gt=0)] = 1800.0  # seconds without progress end all ranks
+    # seconds without progress end all ranks; less than the half hour that their collectives wait
+    stuck_after: Annotated[float, Field(gt=0)] = 1500.0
     on_full_disk: Literal["stop", "go_on"] = "stop"  # a checkpoint that does not fit
 
     def deepspeed_config(

@@ -1,16 +1,19 @@
 """A rank that dies or hangs ends all ranks, with a line that names it.
 
-Every rank says where it stands (step, phase, line of code) in a small store of its own on the main
-rank, once a second, from a thread; every rank reads what the others say.
+Every rank says where it stands (step, phase, line of code) in the store of the rendezvous, once a
+second, from a thread; every rank reads what the others say.
 
-    silent   a rank says nothing for `SILENT_S` seconds: killed, stopped, its machine gone
+    dead     a rank of this machine whose process is gone
     ended    a rank has left with an error, and the others wait for it
+    silent   a rank says nothing for `SILENT_S` seconds: stopped, its machine or its network gone;
+             in a phase that may hold Python's lock for long, `stuck_after` seconds
     stuck    no rank comes on for `stuck_after` seconds (times `LONG` where its phase may be long:
              first step, evaluation, checkpoint); named is the rank that is furthest behind and does
              not wait for others
 
 Then each rank that is left kills the named one if it is on its machine, prints the line, and ends
-with exit code 1. Only what is left of the main rank's last word is known when it is the silent one.
+with exit code 1. The first verdict is everybody's. A rank's last word is up to a second old when it
+dies.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import sys
 import threading
@@ -29,14 +31,17 @@ from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import psutil
 import torch.distributed as dist
 
 from drama.distributed import Ranks
 from drama.errors import UserError
 
-SILENT_S = 20.0  # launchers wait 30 s after a rank's death before they kill the others
+SILENT_S = 60.0
 LONG = 20
-ENDED_S = 3.0  # between an error of a rank and the end of those that it left waiting
+# between a rank's end and that of those it left waiting: what it said last is to be read first.
+# Launchers wait 30 s after a rank's death before they kill the others
+ENDED_S = 3.0
 PHASES = ("data", "step", "evaluate", "save")  # of a step, in order
 LONG_PHASES = ("first step", "evaluate", "save")
 # what the peers of a dead rank see of it
@@ -64,7 +69,11 @@ class Watchdog:
         self.period = min(1.0, stuck_after / 5)
         self.place = (0, "first step", 0)  # step, phase, how often it has moved
         self.host, self.main_thread = socket.gethostname(), threading.main_thread().ident
+        self.born = psutil.Process().create_time()
         self.seen: dict[int, _Seen] = {}
+        self.nearby: dict[int, psutil.Process] = {}  # the other ranks of this machine
+        self.dead_since: dict[int, float] = {}
+        self.verdict: dict[str, Any] = {}
         self.over = threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -93,53 +102,65 @@ class Watchdog:
             self.over.wait(self.silent_after + 5 * self.period)
         self.over.set()
         self.thread.join(self.silent_after)
+        word: dict[str, Any] = {"left": True}
         if error is not None and not isinstance(error, SystemExit):
-            what = str(error) if isinstance(error, UserError) else type(error).__name__
-            self._say({"ended": what})
-        else:
-            self._say({"left": True})
+            word = {"ended": str(error) if isinstance(error, UserError) else type(error).__name__}
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            self._say(word)
 
     # -- the store ----------------------------------------------------------------------------
 
     def _join(self) -> None:
-        """Open the store: the default group's is the main thread's."""
-        options: dict[str, Any] = {
-            "wait_for_workers": False, "timeout": timedelta(seconds=max(2.0, self.silent_after)),
-        }  # fmt: skip
-        address, port = os.environ["MASTER_ADDR"], [0]
-        if self.ranks.is_main:
-            self.store = dist.TCPStore(address, 0, is_master=True, **options)
-            port = [self.store.port]
-        dist.broadcast_object_list(port, src=0)
-        if not self.ranks.is_main:
-            self.store = dist.TCPStore(address, port[0], is_master=False, **options)
+        self._connect()
         self._say({})
         dist.barrier()
         now = time.monotonic()
-        self.seen = {
-            rank: _Seen(json.loads(self.store.get(str(rank))), now, now)
-            for rank in range(self.ranks.world_size)
-        }
+        self._words = [str(rank) for rank in range(self.ranks.world_size)]
+        for rank, text in enumerate(self.store.multi_get(self._words)):
+            self.seen[rank] = _Seen(json.loads(text), now, now)
+        for rank, seen in self.seen.items():
+            if rank != self.ranks.rank and (process := self._process(seen.said)):
+                self.nearby[rank] = process
+
+    def _connect(self) -> None:
+        """A connection of our own: the default group's may be held by a main thread that waits."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        patience = timedelta(seconds=max(2.0, self.silent_after))
+        store = dist.TCPStore(
+            address, port, is_master=False, wait_for_workers=False, timeout=patience
+        )
+        self.store = dist.PrefixStore("drama/watchdog", store)
+
+    def _process(self, said: dict[str, Any]) -> psutil.Process | None:
+        """The process of a rank where it can be seen; another container's has another pid here."""
+        if said["host"] != self.host:
+            return None
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(said["pid"])
+            if abs(process.create_time() - said["born"]) < 2.0:
+                return process
+        return None
 
     def _say(self, more: dict[str, Any]) -> None:
         step, phase, count = self.place
         line, waits = _where(sys._current_frames().get(self.main_thread or 0))
         word = {
             "host": self.host, "pid": os.getpid(), "step": step, "phase": phase, "count": count,
-            "line": line, "waits": waits, "beat": time.monotonic(),
+            "line": line, "waits": waits, "beat": time.monotonic(), "born": self.born,
         }  # fmt: skip
-        try:
-            self.store.set(str(self.ranks.rank), json.dumps(word | more))
-        except RuntimeError:
-            return  # the main rank is silent: that is found out by reading
+        self.store.set(str(self.ranks.rank), json.dumps(word | more))
 
     def _talk(self) -> None:
         while not self.over.wait(self.period):
-            self._say({})
-            self._read()
+            try:
+                self._say(self.verdict)
+                self._read()
+            except RuntimeError:  # nothing was heard; the connection may be what is broken
+                with contextlib.suppress(RuntimeError):
+                    self._connect()
 
     def _judge(self) -> None:
-        """Apart from the talking, which a stopped main rank holds up for ever."""
+        """Apart from the talking, which a stopped main rank holds up."""
         last = time.monotonic()
         while not self.over.wait(self.period):
             now = time.monotonic()
@@ -151,10 +172,7 @@ class Watchdog:
                 self._end(*verdict)
 
     def _read(self) -> None:
-        try:
-            said = self.store.multi_get([str(rank) for rank in self.seen])
-        except RuntimeError:
-            return  # nothing was heard
+        said = self.store.multi_get(self._words)
         now = time.monotonic()
         for seen, text in zip(self.seen.values(), said, strict=True):
             word = json.loads(text)
@@ -169,19 +187,28 @@ class Watchdog:
     def _verdict(self) -> tuple[int, str] | None:
         """The rank that is to blame, and how it is to blame."""
         now = time.monotonic()
+        for seen in self.seen.values():
+            if "verdict" in seen.said:
+                rank, how = seen.said["verdict"]
+                return rank, how
         for rank, seen in self.seen.items():
             # all ranks may be about to end with the same error
             if "ended" in seen.said and now - seen.heard_at > ENDED_S:
                 return rank, f"ended with an error: {seen.said['ended']}"
         here = {rank: seen for rank, seen in self.seen.items() if not _gone(seen)}
-        # where all are silent it is the lowest one, the main rank, whose store carries their words
+        for rank, process in self.nearby.items():
+            if rank not in here or not _is_dead(process):
+                continue
+            if now - self.dead_since.setdefault(rank, now) > ENDED_S:
+                return rank, "has died"
+        # where all are silent it is the lowest one: the main rank may carry the store of all words
         late = [
             rank for rank, seen in here.items()
             if rank != self.ranks.rank and now - seen.heard_at > self._patience(seen)
         ]  # fmt: skip
         if late:
             quiet = now - here[late[0]].heard_at
-            return late[0], f"has died or is stopped: silent for {quiet:.0f} s"
+            return late[0], f"is silent for {quiet:.0f} s: stopped, or its machine is gone"
         if not here or any(now - s.moved_at <= self._allowed(s) for s in here.values()):
             return None
         rank = min(here, key=lambda rank: (_progress(here[rank].said), here[rank].said["waits"]))
@@ -189,8 +216,8 @@ class Watchdog:
         return rank, f"hangs: no progress for {idle:.0f} s"
 
     def _patience(self, seen: _Seen) -> float:
-        """Seconds without a word: writing a large file may hold Python's lock."""
-        return self.stuck_after if seen.said["phase"] == "save" else self.silent_after
+        """Seconds without a word: writing or compiling something large may hold Python's lock."""
+        return self.stuck_after if seen.said["phase"] in LONG_PHASES else self.silent_after
 
     def _allowed(self, seen: _Seen) -> float:
         return self.stuck_after * (LONG if seen.said["phase"] in LONG_PHASES else 1)
@@ -199,23 +226,30 @@ class Watchdog:
         said = self.seen[rank].said
         line = (
             f"rank {self.ranks.rank}: rank {rank} on {said['host']} (pid {said['pid']}) {how}; it "
-            f"was in step {said['step']}, {said['phase']}, at {said['line']}; all ranks end, the "
-            "same command goes on from the last checkpoint"
+            f"was last in step {said['step']}, {said['phase']}, at {said['line']}; all ranks end, "
+            "the same command goes on from the last checkpoint"
         )
         sys.stdout.flush()
         print(f"\nwatchdog: {line}", file=sys.stderr, flush=True)
-        if said["host"] == self.host and rank != self.ranks.rank and "ended" not in said:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(said["pid"], signal.SIGKILL)
-        elif rank == self.ranks.rank:
-            time.sleep(2 * self.period)  # the others are to read what it said
-        if self.ranks.is_main:
-            time.sleep(2 * self.period)  # and its store goes with the main rank
+        self.verdict = {"verdict": [rank, how]}
+        if rank in self.nearby and "ended" not in said:
+            with contextlib.suppress(psutil.Error):
+                self.nearby[rank].kill()
+        time.sleep(2 * self.period)  # the others are to read it
         os._exit(1)
 
 
 def _gone(seen: _Seen) -> bool:
     return "left" in seen.said or "ended" in seen.said
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False  # nothing is known
 
 
 def _progress(said: dict[str, Any]) -> tuple[int, int]:

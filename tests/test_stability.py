@@ -23,7 +23,7 @@ def test_a_bad_step_leaves_no_residue(tmp_path, cases):
     done = run_deepspeed(WORKER, str(tmp_path), *cases)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found) == 3 * len(cases)
+    assert len(found) == 4 * len(cases)
     for name, case in found.items():
         assert case["weights"] > 10, name
         assert all(case[key] for key in ("same", "norms", "rates")), (name, case)

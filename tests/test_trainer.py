@@ -178,7 +178,10 @@ def test_a_run_prolonged_after_its_decay_goes_on_from_the_flat_part(world, tmp_p
 
 @pytest.mark.parametrize("what", ["step", pytest.param("evaluation", marks=pytest.mark.slow)])
 def test_a_run_that_diverges_stops_before_it_writes(world, tmp_path, what):
-    """Its last good checkpoint stays, whatever `keep_last` says, and so does the best model."""
+    """Its last good checkpoint stays, whatever `keep_last` says, and so does the best model.
+
+    Three steps in a row without a finite loss end it, a held-out loss that is none at once.
+    """
     run = tmp_path / "run"
     command = [
         sys.executable, str(Path(__file__).parent / "workers" / "diverge.py"),
@@ -191,11 +194,23 @@ def test_a_run_that_diverges_stops_before_it_writes(world, tmp_path, what):
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=environment, check=False
     )
-    refused(done, "step 2 diverged (loss nan)", f"{run / 'checkpoints' / 'step-2'};", "train.lr")
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
+    saved, skipped, dumped = "step-2", [0, 0], []
+    if what == "step":
+        saved, skipped, dumped = "step-4", [0, 0, 1, 2], [2, 3, 4]
+    at = f"step {len(skipped)} diverged"
+    refused(done, at, "loss nan", f"{run / 'checkpoints' / saved};", "train.lr")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [saved]
     assert not (run / "model").exists()
-    assert [line["step"] for line in read_metrics(run)] == [0, 1]
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == [*range(len(skipped))]
+    assert [line.get("skipped_steps", 0) for line in lines] == skipped
     assert json.loads((run / "best.json").read_text())["step"] <= 2
+    paths = sorted(run.glob("bad-batch-*.json"))
+    assert [path.name for path in paths] == [f"bad-batch-{step}.json" for step in dumped]
+    for path in paths:
+        (rank,) = json.loads(path.read_text())["ranks"]
+        assert len(rank["records"]) == 32
+        assert all({"record", "epoch", "query_id", "source"} == set(x) for x in rank["records"])
 
 
 @pytest.mark.slow

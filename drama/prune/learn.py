@@ -161,8 +161,6 @@ class Pruner:
             if number < len(passes):
                 self.engine.step()  # counts the pass; the weights move at the last one
             losses.append(losses_B.detach())
-        grad_norm = step_engine(self.engine)
-        watch.lap("step")
         loss_R = torch.cat(losses).double()
         sums_K = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         sums_K.index_add_(0, domain_R[mine].to(self.device), loss_R)
@@ -171,9 +169,12 @@ class Pruner:
             dist.all_reduce(sums_K)
             dist.all_reduce(gradients)
             gradients /= self.ranks.world_size
-        sound = math.isfinite(grad_norm) and bool(gradients.isfinite().all())
-        if not sound:
-            grad_norm = math.nan
+        watch.lap("masks")
+        # weights and masks step both, or neither
+        sound = bool(gradients.isfinite().all()) and bool(sums_K.isfinite().all())
+        grad_norm = step_engine(self.engine, sound=sound)
+        watch.lap("step")
+        sound = math.isfinite(grad_norm)
         penalty = self.closing.step(step, alive, gradients) if sound else 0.0
         watch.lap("masks")
         counts = torch.bincount(domain_R, minlength=len(names)).tolist()
