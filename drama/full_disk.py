@@ -54,7 +54,8 @@ class FullDisk:
 
     def check_room(self, folder: Path, num_bytes: int) -> None:
         """Count a disk as full that has not so many bytes left."""
-        self.found |= shutil.disk_usage(folder).free < num_bytes
+        usage = shutil.disk_usage(folder)
+        self.found |= usage.total > 0 and usage.free < num_bytes  # some mounts say 0 of 0
 
     def anywhere(self, engine: Any) -> bool:
         """Whether any rank has met it; a collective."""

@@ -8,6 +8,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -161,7 +162,7 @@ class StepLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self.file is not None
-        self._where_it_fits(lambda file=self.file: file.write(line))
+        self._where_it_fits(partial(self.file.write, line))
 
     def _publish(self, monitor: Any, events: list[tuple[str, Any, int]]) -> None:
         """To TensorBoard and the like."""

@@ -23,6 +23,7 @@ from drama.console import console
 from drama.distributed import Ranks
 from drama.errors import UserError
 from drama.files import replacing
+from drama.full_disk import FullDisk
 
 
 def sound_scale(loss: Tensor, scale: float = 1.0) -> Tensor:
@@ -96,7 +97,7 @@ class BadSteps:
             by_rank = [None] * self.ranks.world_size
             dist.all_gather_object(by_rank, mine)
         if self.ranks.is_main:
-            with replacing(path) as temporary:
+            with FullDisk().noted(), replacing(path) as temporary:
                 temporary.write_text(
                     json.dumps({"step": step, "ranks": by_rank}, indent=1, ensure_ascii=False),
                     encoding="utf-8",

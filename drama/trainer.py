@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from drama.errors import UserError
 from drama.export import export
 from drama.files import recovered, replacing
 from drama.folder import RetrieverSettings
+from drama.full_disk import FullDisk
 from drama.gradcache import GradCache, StepOutput
 from drama.hf import model_sha256
 from drama.loading import BadRecords, check_lanes_feed, load_ahead
@@ -232,7 +234,7 @@ class Trainer:
                     self._warn_of_no_scores(output_of_step)
                 skipped = self.bad_steps.left_out(
                     step,
-                    lambda step=step: self.batches.record_ids(step),
+                    partial(self.batches.record_ids, step),
                     loss=output_of_step.loss,
                     grad_norm=output_of_step.grad_norm,
                     grad_temperature=output_of_step.grad_temperature,
@@ -278,7 +280,7 @@ class Trainer:
                     self.telemetry.close()
                     leave(done, output)
         self.telemetry.close()
-        self._write_model(output / "model", with_facts=True)
+        self._write_where_it_fits(output / "model", go_on=False, with_facts=True)
         return output / "model"
 
     def _may_go_on(self, done: int) -> bool:
@@ -317,9 +319,9 @@ class Trainer:
             return None
         figures = self.validator()
         check_finite(self.ranks, self.recipe.output, done - 1, **figures)
-        if better(figures, self.best):
+        folder = self.recipe.output / "best"
+        if better(figures, self.best) and self._write_where_it_fits(folder, self._may_go_on(done)):
             self.best = {"step": done, **figures, "judge": self.validator.judge}
-            self._write_model(self.recipe.output / "best")
             if self.ranks.is_main:
                 with replacing(self.recipe.output / "best.json") as temporary:
                     temporary.write_text(json.dumps(self.best, indent=1), encoding="utf-8")
@@ -349,6 +351,28 @@ class Trainer:
         if self.ranks.is_main:
             facts = run_facts(self.recipe.output) if with_facts else None
             export(self.encoder, folder, state_dict=weights | self.frozen, run=facts)
+
+    def _write_where_it_fits(
+        self, folder: Path, *, go_on: bool, with_facts: bool = False
+    ) -> bool:
+        """Write the model, and say whether the disk had room; a collective.
+
+        Raises:
+            UserError: it had none, and the run does not go on; an earlier model stays.
+        """
+        full = FullDisk()
+        with full.noted():
+            self._write_model(folder, with_facts=with_facts)
+        if not full.anywhere(self.engine):
+            return True
+        said = f"{folder}: the model cannot be written, the disk is full"
+        if not go_on:
+            raise UserError(f"{said}; checkpoints stay; make room and start again")
+        console.print(
+            f"warning: {said}; training goes on",
+            style="yellow", markup=False, soft_wrap=True, highlight=False,
+        )  # fmt: skip
+        return False
 
     def _headline(self, first: int) -> str:
         recipe = self.recipe

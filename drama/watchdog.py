@@ -101,7 +101,7 @@ class Watchdog:
             # a peer has gone: let the verdict name it, before the launcher ends this rank
             self.over.wait(self.silent_after + 5 * self.period)
         self.over.set()
-        self.thread.join(self.silent_after)
+        self.thread.join(2 * self.period)  # it may wait for a store that is gone
         word: dict[str, Any] = {"left": True}
         if error is not None and not isinstance(error, SystemExit):
             word = {"ended": str(error) if isinstance(error, UserError) else type(error).__name__}
@@ -211,6 +211,8 @@ class Watchdog:
             return late[0], f"is silent for {quiet:.0f} s: stopped, or its machine is gone"
         if not here or any(now - s.moved_at <= self._allowed(s) for s in here.values()):
             return None
+        if dead := self.dead_since.keys() & here.keys():
+            return min(dead), "has died"
         rank = min(here, key=lambda rank: (_progress(here[rank].said), here[rank].said["waits"]))
         idle = now - here[rank].moved_at
         return rank, f"hangs: no progress for {idle:.0f} s"
@@ -263,7 +265,7 @@ def _where(frame: FrameType | None) -> tuple[str, bool]:
     while frame is not None:
         path = frame.f_code.co_filename
         place = f"{os.sep.join(path.split(os.sep)[-2:])}:{frame.f_lineno}"
-        waits |= path.endswith("distributed_c10d.py")
+        waits |= path.endswith("distributed_c10d.py") or path == __file__  # for others, a verdict
         innermost = innermost or place
         if f"{os.sep}drama{os.sep}" in path:
             return place, waits

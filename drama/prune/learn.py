@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,7 @@ class Pruner:
                 found = self.step(step)
                 figures = {"loss": found.loss, "grad_norm": found.grad_norm}
                 skipped = self.bad_steps.left_out(
-                    step, lambda found=found: self._rows(found), "masks.lr", **figures
+                    step, partial(self._rows, found), "masks.lr", **figures
                 )
                 done = step + 1
                 if recipe.data.update_every and done % recipe.data.update_every == 0:

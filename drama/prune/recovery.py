@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ class Recoverer:
                 result = self.step_runner.step(batch)
                 figures = {"loss": result.loss, "grad_norm": result.grad_norm}
                 skipped = self.bad_steps.left_out(
-                    step, lambda step=step: self.texts.batches.record_ids(step), **figures
+                    step, partial(self.texts.batches.record_ids, step), **figures
                 )
                 done, seconds = step + 1, time.perf_counter() - began
                 if not skipped:

@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+from drama import watchdog
 from drama.console import quiet_libraries
 from drama.data.batches import RankBatches
 from drama.errors import exit_on_user_error
@@ -45,6 +46,7 @@ def main(path: str, what: str, rank: int, overrides: list[str]) -> None:
 
     GradCache._replay, RankBatches.__getitem__ = replay, read  # type: ignore[method-assign]
     Trainer._evaluate = evaluate  # type: ignore[method-assign]
+    watchdog.SILENT_S = 5.0
     quiet_libraries()
     with exit_on_user_error("train"):
         train(Recipe.load(path, overrides))
