@@ -320,7 +320,8 @@ class Trainer:
         figures = self.validator()
         check_finite(self.ranks, self.recipe.output, done - 1, **figures)
         folder = self.recipe.output / "best"
-        if better(figures, self.best) and self._write_where_it_fits(folder, self._may_go_on(done)):
+        go_on = self._may_go_on(done)
+        if better(figures, self.best) and self._write_where_it_fits(folder, go_on=go_on):
             self.best = {"step": done, **figures, "judge": self.validator.judge}
             if self.ranks.is_main:
                 with replacing(self.recipe.output / "best.json") as temporary:
@@ -352,9 +353,7 @@ class Trainer:
             facts = run_facts(self.recipe.output) if with_facts else None
             export(self.encoder, folder, state_dict=weights | self.frozen, run=facts)
 
-    def _write_where_it_fits(
-        self, folder: Path, *, go_on: bool, with_facts: bool = False
-    ) -> bool:
+    def _write_where_it_fits(self, folder: Path, *, go_on: bool, with_facts: bool = False) -> bool:
         """Write the model, and say whether the disk had room; a collective.
 
         Raises:
