@@ -5,8 +5,8 @@
     python launchers/evidence.py --data FOLDER --only pruned,batch --budget-hours 2
     python launchers/evidence.py --scale smoke                   # tiny, on the embedded sample
 
-Stopped and started again it goes on. Rows go to benchmarks/evidence.csv as cells end; docs/evidence.md
-and its figures are made from that file.
+Stopped and started again it goes on. Rows go to benchmarks/evidence.csv as cells end;
+docs/evidence.md and its figures are made from that file.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ Written, the same bytes for the same input:
     FOLDER/counts.json       rows of each
 
 What is in eval is in neither of the others. Questions of Natural Questions (QED) are halved by the
-title of their article; all other sets go one way whole. `drama shard --decontaminate` then looks for
-texts that stand in two sets.
+title of their article; all other sets go one way whole. `drama shard --decontaminate` then looks
+for texts that stand in two sets.
 """
 
 from __future__ import annotations

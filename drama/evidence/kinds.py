@@ -133,7 +133,8 @@ class Kinds:
         length = max_tokens or self.scale.max_tokens
         systems = [w for name, spec in models.items() for w in ("--system", f"{name}={spec}")]
         path = f"{RECIPES}/suites/{suite}.yaml"
-        command = ["drama", "evaluate", "--suite", f"{{root}}/{path}", "--root", self.data_at("eval"),
+        command = ["drama", "evaluate", "--suite", f"{{root}}/{path}", "--root",
+                   self.data_at("eval"),
                    *systems, "--max-tokens", str(length), "--drop-vectors",
                    "--out", f"{OUT}/evaluation"]  # fmt: skip
         command += ["--dim", str(dim)] if dim else []
@@ -167,8 +168,8 @@ class Kinds:
         return self._augmented("rerank", minutes, [
             ["python", "-m", "drama.evidence.serving", str(self.llm), "--out", OUT, "--",
              "drama", "augment", "rerank", queries.at("records.jsonl"), "--corpus",
-             self.data_at("sample", "asked.jsonl"), *self._teacher(), "--model", "{model}", "--base-url",
-             "{url}", "--concurrency", "8", "--max-tokens", "64", "--passage-chars", "200",
+             self.data_at("sample", "asked.jsonl"), *self._teacher(), "--model", "{model}",
+             "--base-url", "{url}", "--concurrency", "8", "--max-tokens", "64", "--passage-chars", "200",
              "--out", f"{OUT}/records.jsonl"],
         ], [queries])  # fmt: skip
 

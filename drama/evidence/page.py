@@ -1,7 +1,7 @@
-"""docs/evidence.md: tables and figures from the CSV, put into a page whose prose is written by hand.
+"""docs/evidence.md: tables and figures from the CSV, put into a page whose prose is hand-written.
 
-The template (page.md beside this file) has lines such as `{{table pruned}}`, `{{differences pruned}}`
-and `{{figure pruned}}`; no number is typed there. A cell without a row shows "not run".
+The template (page.md beside this file) has lines such as `{{table pruned}}`, `{{differences
+pruned}}` and `{{figure pruned}}`; no number is typed there. A cell without a row shows "not run".
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def make_plan(
 def _pruned(kinds: Kinds, seed: int) -> Iterator[Cell]:
     """The same shape and training, from five starts, with and without recovery; two sizes.
 
-    `random` and `scratch` are drawn anew for every seed; the other cuts are the same for all, and so
-    is what comes before the contrastive training. The large size is recovered only.
+    `random` and `scratch` are drawn anew for every seed; the other cuts are the same for all, and
+    so is what comes before the contrastive training. The large size is recovered only.
     """
     for size, starts in (("small", STARTS), ("large", LARGE_STARTS)):
         for choice in starts:

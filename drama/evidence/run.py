@@ -18,8 +18,8 @@ from drama.bench.rows import commit
 from drama.console import console
 from drama.demo import ON_GPU, ROOT
 from drama.errors import UserError
-from drama.evidence.rows import write_rows
 from drama.evidence.nodes import RECORD, Cell, Node, in_order, minutes_left
+from drama.evidence.rows import write_rows
 from drama.files import locked, replacing
 
 
@@ -37,7 +37,8 @@ def run_cells(
         UserError: another run is in the work folder.
     """
     work.mkdir(parents=True, exist_ok=True)
-    began, failed_nodes, failed = time.monotonic(), set[str](), []
+    began, failed_nodes = time.monotonic(), set[str]()
+    failed: list[str] = []
     every_node = in_order(cell.evaluation for cell in cells)
     with locked(work / "lock"):
         for number, cell in enumerate(cells, 1):
@@ -50,9 +51,9 @@ def run_cells(
                     break
             console.rule(f"[bold]{number}/{len(cells)}[/] {cell.name}", align="left")
             for node in nodes:
-                if node.folder in failed_nodes or any(n.folder in failed_nodes for n in node.needs):
-                    failed_nodes.add(node.folder)
-                elif not node.is_done(work) and not _run(node, work):
+                missing = not {need.folder for need in node.needs}.isdisjoint(failed_nodes)
+                again = missing or node.folder in failed_nodes
+                if not node.is_done(work) and (again or not _run(node, work)):
                     failed_nodes.add(node.folder)
             if any(node.folder in failed_nodes for node in nodes):
                 failed.append(cell.name)

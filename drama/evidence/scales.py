@@ -58,7 +58,8 @@ CPU = Scale(
     speed=3200, start_s=8,
 )  # fmt: skip
 GPU = replace(
-    CPU, name="gpu", batches=(64, 256, 1024, 4096), vocabulary="32k", calibration_tokens=32768, recover_steps=400, mask_steps=300,
+    CPU, name="gpu", batches=(64, 256, 1024, 4096), vocabulary="32k",
+    calibration_tokens=32768, recover_steps=400, mask_steps=300,
     batch=256, steps=200, max_tokens=192, batch_examples=65536, queries=1000, crops=4000,
     suites={**CPU.suites, "pruned": "wide", "batch": "wide", "shape": "wide"},
     nano_shape="layers=12,hidden=576,heads=9,ffn=1536", nano_steps=2000, nano_batch=1024,
