@@ -5,7 +5,7 @@
 Written, the same bytes for the same input:
 
     FOLDER/eval/NAME/        BEIR folders, or folders of one a language
-    FOLDER/pairs/NAME.jsonl  records {query, positives, source, lang}
+    FOLDER/pairs/GROUP.jsonl records {query, positives, source, lang}: english, questions, debian
     FOLDER/text/NAME.jsonl   {text, lang}, for calibration, recovery and vocabulary
     FOLDER/sample/           crops.jsonl, asked.jsonl: texts that training data is made of
     FOLDER/counts.json       rows of each
@@ -31,7 +31,7 @@ from drama.console import console
 from drama.data.lines import PACKED_SUFFIXES, read_lines, read_objects
 from drama.demo import ROOT
 from drama.errors import UserError, exit_on_user_error
-from drama.evidence.scales import CROPPED
+from drama.evidence.scales import CROPPED, ENGLISH
 from drama.files import replacing_folder
 
 Pair = tuple[str, str, str]  # query, title, text
@@ -58,8 +58,8 @@ def prepare(data: Path, out: Path, *, crops: int = 1500, asked: int = 150) -> di
             counts[f"eval/{name}"] = len(questions)
             _write_beir(folder / "eval" / name, texts, questions)
         for name, lang, pairs in _pair_sets(data):
-            counts[f"pairs/{name}"] = _write(folder / "pairs" / f"{name}.jsonl",
-                                             _records(name, lang, pairs))  # fmt: skip
+            path = folder / "pairs" / f"{group_of(name)}.jsonl"
+            counts[f"pairs/{name}"] = _write(path, _records(name, lang, pairs), "a")
         for name, lang, texts in _texts(data):
             counts |= _write_text(folder / "text", name, lang, texts)
         _write_calibration(folder / "text")
@@ -74,7 +74,7 @@ def prepare_demo(out: Path, *, pairs: int = 600, documents: int = 300,
     sample = ROOT / "data" / "demo"
     with replacing_folder(out) as folder:
         rows = [v for _, v in islice(read_objects(sample / "pairs.jsonl.xz"), pairs)]
-        counts = {"pairs/demo": _write(folder / "pairs" / "demo.jsonl", rows)}
+        counts = {"pairs/demo": _write(folder / "pairs" / "english.jsonl", rows)}
         texts_of = {
             q["_id"]: q["text"] for _, q in read_objects(sample / "scifact" / "queries.jsonl")
         }
@@ -306,10 +306,17 @@ def _write_beir(folder: Path, texts: dict[str, str], questions: list[tuple[str, 
     (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write(path: Path, rows: Iterable[Any]) -> int:
+def group_of(name: str) -> str:
+    """The file that a set of pairs goes into: one source of a mixture."""
+    if name in ENGLISH:
+        return "english"
+    return "debian" if name.startswith("debian-") else "questions"
+
+
+def _write(path: Path, rows: Iterable[Any], mode: str = "w") -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with path.open("w", encoding="utf-8") as file:
+    with path.open(mode, encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1

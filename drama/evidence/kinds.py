@@ -101,10 +101,7 @@ class Kinds:
     @cached_property
     def pairs(self) -> Node:
         """The supervised pairs, one source."""
-        return self.shards(self.pair_sources())
-
-    def pair_sources(self) -> list[str]:
-        return [f"pairs={file}" for file in self._files("pairs", self.scale.pairs)]
+        return self.shards([f"pairs={self.data_at('pairs', 'english.jsonl')}"])
 
     def trained(
         self, start: tuple[Node, str], shards: Sequence[Node], size: str, seed: int,
@@ -168,8 +165,9 @@ class Kinds:
         return self._augmented("rerank", minutes, [
             ["python", "-m", "drama.evidence.serving", str(self.llm), "--out", OUT, "--",
              "drama", "augment", "rerank", queries.at("records.jsonl"), "--corpus",
-             self.data_at("sample", "asked.jsonl"), *self._teacher(), "--model", "{model}",
-             "--base-url", "{url}", "--concurrency", "8", "--max-tokens", "64", "--passage-chars", "200",
+             self.data_at("sample", "asked.jsonl"), *self._teacher(),
+             "--model", "{model}", "--base-url", "{url}", "--concurrency", "8",
+             "--max-tokens", "64", "--passage-chars", "200",
              "--out", f"{OUT}/records.jsonl"],
         ], [queries])  # fmt: skip
 

@@ -34,7 +34,6 @@ class Scale:
     batch_examples: int
     queries: int  # documents that the language model writes a query for
     crops: int  # documents of each text that are cropped
-    pairs: tuple[str, ...]
     texts: tuple[str, ...]
     suites: dict[str, str]  # by experiment
     nano_shape: str
@@ -51,7 +50,7 @@ CPU = Scale(
     dims=(64, 192, 384), vocabulary="16k", calibration_tokens=8192,
     recover_steps=60, mask_steps=60, batch=64, steps=48, max_tokens=64,
     batches=(64, 512, 4096), batch_examples=8192, queries=150, crops=1500,
-    pairs=ENGLISH, texts=CROPPED,
+    texts=CROPPED,
     suites={"pruned": "basic", "augment": "wide", "batch": "basic", "shape": "basic",
             "nano": "all"},
     nano_shape="layers=8,hidden=384,heads=6,ffn=1024", nano_steps=300, nano_batch=256,
@@ -70,7 +69,7 @@ SMOKE = replace(
                                            "large": "layers=2,hidden=96,heads=3,ffn=64"},
     dims=(16, 96), vocabulary="4k", calibration_tokens=512, recover_steps=2, mask_steps=2,
     batch=16, steps=2, max_tokens=32, batches=(16, 32, 64), batch_examples=64, queries=4, crops=50,
-    pairs=("demo",), texts=("demo",),
+    texts=("demo",),
     suites=dict.fromkeys(CPU.suites, "smoke"),
     nano_shape="layers=2,hidden=96,heads=3,ffn=64", nano_steps=2, nano_batch=16,
 )  # fmt: skip
