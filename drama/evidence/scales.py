@@ -71,7 +71,7 @@ SMOKE = replace(
     batch=16, steps=2, max_tokens=32, batches=(16, 32, 64), batch_examples=64, queries=4, crops=50,
     texts=("demo",),
     suites=dict.fromkeys(CPU.suites, "smoke"),
-    nano_shape="layers=2,hidden=96,heads=3,ffn=64", nano_steps=2, nano_batch=16,
+    nano_shape="layers=2,hidden=96,heads=3,ffn=64", nano_steps=2, nano_batch=64,
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (CPU, GPU, SMOKE)}
 

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from drama.demo import ROOT
 from drama.errors import UserError
 from drama.evidence.nodes import Node, in_order
 from drama.evidence.plan import make_plan
-from drama.evidence.scales import CPU, SMOKE
+from drama.evidence.scales import CPU, SCALES, SMOKE
+from drama.prune.recipe import PruneRecipe
+from drama.prune.recovery_recipe import RecoveryRecipe
+from drama.recipe import Recipe
 
 
 def plan(only=(), scale=SMOKE):
@@ -59,3 +63,14 @@ def test_every_variant_of_a_seed_trains_with_it():
 def test_an_unknown_experiment_is_told():
     with pytest.raises(UserError, match="did you mean 'pruned'"):
         plan(only=["prune"])
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=list(SCALES))
+def test_every_recipe_loads_with_what_the_plan_sets(scale):
+    loaders = {"train.py": Recipe, "recover.py": RecoveryRecipe, "prune.py": PruneRecipe}
+    for node in in_order(cell.evaluation for cell in plan(scale=replace(scale, seeds=(0,)))):
+        for line in node.lines():
+            if line[1].startswith("{root}/launchers/"):
+                sets = [line[i + 1] for i, word in enumerate(line) if word == "--set"]
+                recipe = line[line.index("--recipe") + 1].replace("{root}", str(ROOT))
+                loaders[Path(line[1]).name].load(recipe, sets)
