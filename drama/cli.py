@@ -129,7 +129,7 @@ def demo(output: Path, llm: Path | None, as_json: bool) -> None:
     type=click.Choice(["importance", "first", "random", "scratch"]),
     default="importance",
     show_default=True,
-    help="Another one makes a control for experiments: first layers, random units, new weights.",
+    help="Others than importance are controls for experiments, not for use; see above.",
 )
 def prune(model: Path, target: str | None, out: Path, **options: Any) -> None:
     """Cut a Llama, Mistral or Qwen to a small backbone by importance.
@@ -145,6 +145,13 @@ def prune(model: Path, target: str | None, out: Path, **options: Any) -> None:
     drama prune ./Llama-3.2-1B --vocab-from corpus.jsonl --keep 64k --out ./smaller
 
     Masks that are learned while the model trains: launchers/prune.py.
+
+    To find out what importance is worth, --choose makes a control of the same shape: `first` keeps
+    the first layers (widths by importance), `random` keeps units by chance, `scratch` keeps the
+    shape alone and draws all weights anew. Train each as you train the pruned one and compare:
+
+    \b
+    drama prune ./Llama-3.2-1B --to 0.1b --calibration text.txt.gz --choose scratch --out ./control
     """
     from drama.prune.run import prune as run
 

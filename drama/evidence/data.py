@@ -8,6 +8,7 @@ Written, the same bytes for the same input:
     FOLDER/pairs/GROUP.jsonl records {query, positives, source, lang}: english, questions, debian
     FOLDER/text/NAME.jsonl   {text, lang}, for calibration, recovery and vocabulary
     FOLDER/sample/           crops.jsonl, asked.jsonl: texts that training data is made of
+    FOLDER/llm/              --demo alone: a language model that knows nothing
     FOLDER/counts.json       rows of each
 
 What is in eval is in neither of the others. Questions of Natural Questions (QED) are halved by the
@@ -32,6 +33,7 @@ from drama.data.lines import PACKED_SUFFIXES, read_lines, read_objects
 from drama.demo import ROOT
 from drama.errors import UserError, exit_on_user_error
 from drama.evidence.scales import CROPPED, ENGLISH
+from drama.evidence.stand_in import write_stand_in
 from drama.files import replacing_folder
 
 Pair = tuple[str, str, str]  # query, title, text
@@ -60,8 +62,8 @@ def prepare(data: Path, out: Path, *, crops: int = 1500, asked: int = 150) -> di
         for name, lang, pairs in _pair_sets(data):
             path = folder / "pairs" / f"{group_of(name)}.jsonl"
             counts[f"pairs/{name}"] = _write(path, _records(name, lang, pairs), "a")
-        for name, lang, texts in _texts(data):
-            counts |= _write_text(folder / "text", name, lang, texts)
+        for name, lang, paragraphs in _texts(data):
+            counts |= _write_text(folder / "text", name, lang, paragraphs)
         _write_calibration(folder / "text")
         counts |= _write_samples(folder, CROPPED, crops, asked)
         _write_counts(folder, counts)
@@ -70,7 +72,8 @@ def prepare(data: Path, out: Path, *, crops: int = 1500, asked: int = 150) -> di
 
 def prepare_demo(out: Path, *, pairs: int = 600, documents: int = 300,
                  crops: int = 50, asked: int = 4) -> dict[str, int]:  # fmt: skip
-    """The same folders, tiny, from the sample in data/demo: enough to see that all of it runs."""
+    """The same folders, tiny, from the sample in data/demo, and a language model to prune: enough
+    to see that all of it runs."""
     sample = ROOT / "data" / "demo"
     with replacing_folder(out) as folder:
         rows = [v for _, v in islice(read_objects(sample / "pairs.jsonl.xz"), pairs)]
@@ -87,7 +90,10 @@ def prepare_demo(out: Path, *, pairs: int = 600, documents: int = 300,
         questions = [(texts_of[row[0]], row[1]) for row in qrels[:40]]
         _write_beir(folder / "eval" / "scifact", texts, questions)
         counts["eval/scifact"] = len(questions)
-        paragraphs = _paragraphs(line for _, line in read_lines(sample / "calibration.txt.gz"))
+        paragraphs = list(
+            _paragraphs(line for _, line in read_lines(sample / "calibration.txt.gz"))
+        )
+        write_stand_in(folder / "llm", paragraphs)
         counts |= _write_text(folder / "text", "demo", "en", paragraphs)
         _write_calibration(folder / "text")
         counts |= _write_samples(folder, ["demo"], crops, asked)
@@ -294,7 +300,7 @@ def _write_samples(folder: Path, names: Sequence[str], crops: int, asked: int) -
 
 def _spread(rows: list[Any], count: int) -> list[Any]:
     """So many of them, evenly spread."""
-    return rows[:: max(1, len(rows) // count)][:count]
+    return rows[:: max(1, len(rows) // max(1, count))][:count]
 
 
 def _write_beir(folder: Path, texts: dict[str, str], questions: list[tuple[str, str]]) -> None:
@@ -354,7 +360,7 @@ def _required(path: Path) -> Path:
 @click.argument("data", type=click.Path(path_type=Path), required=False)
 @click.option("--demo", is_flag=True, help="From the embedded sample, tiny.")
 @click.option("--crops", type=click.IntRange(1), default=1500, show_default=True)
-@click.option("--asked", type=click.IntRange(1), default=150, show_default=True)
+@click.option("--asked", type=click.IntRange(0), default=150, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(data: Path | None, demo: bool, crops: int, asked: int, out: Path) -> None:
     """Write test sets, pairs and texts from DATA."""

@@ -25,7 +25,7 @@ class Kinds:
 
     scale: Scale
     data: Path | None  # None: the embedded sample
-    llm: Path
+    llm: Path | None  # None: the stand-in beside the embedded sample
     teacher: str
 
     @cached_property
@@ -37,6 +37,10 @@ class Kinds:
         ], recipes=["drama/evidence/data.py"],
             inputs=str(stamp(self.data)) if self.data is not None else "")  # fmt: skip
 
+    @cached_property
+    def llm_path(self) -> str:
+        return str(self.llm) if self.llm is not None else self.data_at("llm")
+
     def data_at(self, *parts: str) -> str:
         """A path in the prepared data."""
         return self.prepared.at("data", *parts)
@@ -46,7 +50,7 @@ class Kinds:
         """The language model with the vocabulary of the texts."""
         corpora = [w for t in self.scale.texts
                    for w in ("--vocab-from", self.data_at("text", f"{t}.jsonl"))]  # fmt: skip
-        command = ["drama", "prune", str(self.llm), *corpora, "--keep", self.scale.vocabulary,
+        command = ["drama", "prune", self.llm_path, *corpora, "--keep", self.scale.vocabulary,
                    "--out", f"{OUT}/model"]  # fmt: skip
         return self._node("parent", 1.0, [command], [self.prepared])
 
@@ -152,7 +156,7 @@ class Kinds:
         """A language model's queries for some documents, in a process with its server."""
         minutes = self.scale.queries * 45 / 20 / 60 + 1.5
         return self._augmented("queries", minutes, [
-            ["python", "-m", "drama.evidence.serving", str(self.llm), "--out", OUT, "--",
+            ["python", "-m", "drama.evidence.serving", self.llm_path, "--out", OUT, "--",
              "drama", "augment", "queries", self.data_at("sample", "asked.jsonl"),
              *self._teacher(), "--depth", "30", "--positives", "1", "--negatives", "10-20",
              "--model", "{model}", "--base-url", "{url}", "--concurrency", "8",
@@ -163,7 +167,7 @@ class Kinds:
         """The same model orders what the teacher found for its queries."""
         minutes = self.scale.queries * 60 / 20 / 60 + 1.5
         return self._augmented("rerank", minutes, [
-            ["python", "-m", "drama.evidence.serving", str(self.llm), "--out", OUT, "--",
+            ["python", "-m", "drama.evidence.serving", self.llm_path, "--out", OUT, "--",
              "drama", "augment", "rerank", queries.at("records.jsonl"), "--corpus",
              self.data_at("sample", "asked.jsonl"), *self._teacher(),
              "--model", "{model}", "--base-url", "{url}", "--concurrency", "8",

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from drama.demo import find_llm
 from drama.errors import UserError, nearest
@@ -20,11 +21,12 @@ LARGE_STARTS = ("importance", "scratch")
 
 
 def make_plan(
-    scale: Scale, data: Path | None, llm: Path, teacher: str, only: Sequence[str] = ()
+    scale: Scale, data: Path | None, llm: Path | None, teacher: str, only: Sequence[str] = ()
 ) -> list[Cell]:
     """All cells, the most valuable first: seed 0 of every experiment, then the other seeds.
 
-    data: a folder of data sets; None takes the embedded sample.
+    data: a folder of data sets; None takes the embedded sample. llm: what is pruned; None takes the
+    stand-in beside the sample. teacher: a model for the crops, and a rival of drama-nano.
 
     Raises:
         UserError: an experiment that there is not.
@@ -69,20 +71,20 @@ def _pruned(kinds: Kinds, seed: int) -> Iterator[Cell]:
 def _augment(kinds: Kinds, seed: int) -> Iterator[Cell]:
     """The same backbone and steps: supervised pairs, then with what is made out of text."""
     start = _backbone(kinds)
-    made = {"crops": kinds.crops(), "queries": kinds.queries()}
-    made["rerank"] = kinds.reranked(made["queries"])
-    arms: dict[str, Sequence[str]] = {
-        "pairs": (), "+ crops": ("crops",), "+ queries": ("queries",), "+ rerank": ("rerank",),
-        "all": ("crops", "queries", "rerank"),
-    }  # fmt: skip
+    made = {"crops": kinds.crops()}
+    arms: dict[str, Sequence[str]] = {"pairs": (), "+ crops": ("crops",)}
+    if kinds.scale.queries:
+        made["queries"] = kinds.queries()
+        made["rerank"] = kinds.reranked(made["queries"])
+        arms |= {"+ queries": ("queries",), "+ rerank": ("rerank",), "all": tuple(made)}
     for arm, names in arms.items():
         shards = [kinds.pairs] + [
             kinds.shards([f"{name}={made[name].at('records.jsonl')}"], [made[name]])
             for name in names
         ]
-        # the paper's 2 : 1 : 1, with a third kind beside
+        # the pairs twice as often as each kind of made data
         weights = {"pairs": 2.0, **dict.fromkeys(names, 1.0)}
-        mixture: dict[str, object] = {
+        mixture: dict[str, Any] = {
             f"data__weights__{name}": weight for name, weight in weights.items() if names
         }
         trained = kinds.trained(start, shards, "small", seed, data__hard_negatives=1, **mixture)
@@ -95,7 +97,7 @@ def _batch(kinds: Kinds, seed: int) -> Iterator[Cell]:
     for batch in scale.batches:
         rate = 5e-4 * math.sqrt(batch / scale.batch)
         for masked in (False, True):
-            extra: dict[str, object] = {"loss__margin": 0.1} if masked else {}
+            extra: dict[str, Any] = {"loss__margin": 0.1} if masked else {}
             trained = kinds.trained(
                 start, [kinds.pairs], "small", seed, train__batch_size=batch,
                 train__steps=scale.batch_examples // batch, train__lr=f"{min(rate, 2e-3):.2e}",
@@ -111,7 +113,7 @@ def _shape(kinds: Kinds, seed: int) -> Iterator[Cell]:
     start = _backbone(kinds)
     for attention in ("bidirectional", "causal"):
         for pooling in ("mean", "last"):
-            own: dict[str, object] = {"model__attention": attention, "model__pooling": pooling}
+            own: dict[str, Any] = {"model__attention": attention, "model__pooling": pooling}
             if (attention, pooling) == ("bidirectional", "mean"):
                 own = {}  # the recipe's own: then its training is that of `pruned`
             trained = kinds.trained(start, [kinds.pairs], "small", seed, **own)
@@ -194,8 +196,9 @@ def from_options(
             raise UserError(f"--seeds '{seeds}': give numbers such as 0,1,2") from None
     names = [part.strip() for part in only.split(",") if part.strip()]
     where = data.resolve() if data is not None else None
+    model = llm or (find_llm() if data is not None else None)
     return scale, make_plan(
-        scale, where, (llm or find_llm()).resolve(), teacher or find_teacher(), names
+        scale, where, model.resolve() if model else None, teacher or find_teacher(), names
     )
 
 

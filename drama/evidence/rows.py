@@ -48,7 +48,7 @@ def read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**{f.name: _read(f.type, row[f.name]) for f in fields(Row)})  # type: ignore[arg-type]
+        return [Row(**{f.name: _read(f.type, row[f.name]) for f in fields(Row)})
                 for row in csv.DictReader(file)]  # fmt: skip
 
 
@@ -74,8 +74,9 @@ def rows_of(cell: Cell, work: Path, scale: str) -> Iterable[Row]:
     counted = _training_facts(cell, work)
     for system in cell.systems:
         variant = cell.variant if len(cell.systems) == 1 else system
-        common = {"scale": scale, "experiment": cell.experiment, "variant": variant,
-                  "seed": cell.seed}  # fmt: skip
+        common: dict[str, Any] = {
+            "scale": scale, "experiment": cell.experiment, "variant": variant, "seed": cell.seed,
+        }  # fmt: skip
         own = counted if system == "model" else _facts(folder)
         for name, systems in sets.items():
             low, high = systems[system]["intervals"][HEADLINE]
@@ -85,7 +86,9 @@ def rows_of(cell: Cell, work: Path, scale: str) -> Iterable[Row]:
             node, side = cell.perplexity
             path = work / node.folder / "run" / "model" / REPORT_NAME
             recovery = json.loads(path.read_text(encoding="utf-8"))["recoveries"][-1]
-            perplexity = math.exp(float(recovery[side]["student"]["loss"]))
+            losses = recovery[side]
+            # before the first step the student stands beside its parent, where there is one
+            perplexity = math.exp(losses.get("student", losses)["loss"])
             yield Row(**common, metric="perplexity", value=perplexity, **own)
 
 

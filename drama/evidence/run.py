@@ -18,7 +18,7 @@ from drama.bench.rows import commit
 from drama.console import console
 from drama.demo import ON_GPU, ROOT
 from drama.errors import UserError
-from drama.evidence.nodes import RECORD, Cell, Node, in_order, minutes_left
+from drama.evidence.nodes import RECORD, Cell, Node, minutes_left
 from drama.evidence.rows import write_rows
 from drama.files import locked, replacing
 
@@ -39,14 +39,14 @@ def run_cells(
     work.mkdir(parents=True, exist_ok=True)
     began, failed_nodes = time.monotonic(), set[str]()
     failed: list[str] = []
-    every_node = in_order(cell.evaluation for cell in cells)
+    every_node = list(dict.fromkeys(node for cell in cells for node in cell.nodes()))
     with locked(work / "lock"):
         for number, cell in enumerate(cells, 1):
             nodes = cell.nodes()
             if budget_hours is not None:
-                left = budget_hours * 60 - (time.monotonic() - began) / 60
+                left = max(budget_hours * 60 - (time.monotonic() - began) / 60, 0.0)
                 needed = minutes_left(nodes, work) * pace(every_node, work)
-                if needed > max(left, 0):
+                if needed > left:
                     _say(f"budget: {cell.name} needs {needed:.0f} minutes, {left:.0f} are left")
                     break
             console.rule(f"[bold]{number}/{len(cells)}[/] {cell.name}", align="left")
@@ -113,7 +113,9 @@ def _run(node: Node, work: Path) -> bool:
                 cwd=work, env=_environment(), stdout=file, stderr=file, check=False,
             ).returncode  # fmt: skip
         if code:
-            _say(f"  ended with exit code {code}; see {log}")
+            text = log.read_text(encoding="utf-8", errors="replace").strip()
+            _say(f"  ended with exit code {code}: {text.splitlines()[-1]}")
+            _say(f"  the whole of it: {log}")
             return False
     minutes = None if went_on else (time.perf_counter() - start) / 60
     record = {"commands": node.lines(), "minutes": minutes, "commit": commit()}

@@ -32,7 +32,7 @@ class Scale:
     max_tokens: int  # of a document, in training and evaluation
     batches: tuple[int, ...]
     batch_examples: int
-    queries: int  # documents that the language model writes a query for
+    queries: int  # documents that the language model writes a query for; 0: it is not run
     crops: int  # documents of each text that are cropped
     texts: tuple[str, ...]
     suites: dict[str, str]  # by experiment
@@ -65,13 +65,13 @@ GPU = replace(
     speed=600_000, start_s=12,
 )  # fmt: skip
 SMOKE = replace(
-    CPU, name="smoke", seeds=(0,), shapes={"small": "layers=1,hidden=96,heads=3,ffn=64",
-                                           "large": "layers=2,hidden=96,heads=3,ffn=64"},
-    dims=(16, 96), vocabulary="4k", calibration_tokens=512, recover_steps=2, mask_steps=2,
-    batch=16, steps=2, max_tokens=32, batches=(16, 32, 64), batch_examples=64, queries=4, crops=50,
+    CPU, name="smoke", seeds=(0,), shapes={"small": "layers=1,hidden=64,heads=4,ffn=64",
+                                           "large": "layers=2,hidden=64,heads=4,ffn=64"},
+    dims=(16, 64), vocabulary="512", calibration_tokens=512, recover_steps=2, mask_steps=2,
+    batch=16, steps=2, max_tokens=32, batches=(16, 32), batch_examples=64, queries=0, crops=50,
     texts=("demo",),
     suites=dict.fromkeys(CPU.suites, "smoke"),
-    nano_shape="layers=2,hidden=96,heads=3,ffn=64", nano_steps=2, nano_batch=64,
+    nano_shape="layers=2,hidden=64,heads=4,ffn=64", nano_steps=2, nano_batch=64,
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (CPU, GPU, SMOKE)}
 

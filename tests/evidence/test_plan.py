@@ -65,7 +65,7 @@ def test_an_unknown_experiment_is_told():
         plan(only=["prune"])
 
 
-@pytest.mark.parametrize("scale", SCALES.values(), ids=list(SCALES))
+@pytest.mark.parametrize("scale", SCALES.values(), ids=[f"scale-{name}" for name in SCALES])
 def test_every_recipe_loads_with_what_the_plan_sets(scale):
     loaders = {"train.py": Recipe, "recover.py": RecoveryRecipe, "prune.py": PruneRecipe}
     for node in in_order(cell.evaluation for cell in plan(scale=replace(scale, seeds=(0,)))):
