@@ -62,7 +62,7 @@ def test_each_stage_reads_what_an_earlier_one_wrote(tmp_path: Path) -> None:
     assert recipe.output == out
     assert recipe.model.path == options["prune"]["out"] == out / "backbone"
     assert recipe.data.shards == [options["shard"]["out"]] == [out / "shards"]
-    assert options["export"]["run"] == out
+    assert options["export"]["source"] == out
     assert options["encode"]["model"] == options["export"]["out"]
     assert (options["encode"]["corpus"],) == options["evaluate"]["datasets"]
     assert options["index"]["vectors"] == options["encode"]["out"]
@@ -85,7 +85,7 @@ def test_the_default_folder_is_the_recipe_s_and_its_commands_are_short(
     recipe = Recipe.load("recipes/demo.yaml")
     assert parsed(stages["prune"])["out"] == recipe.model.path
     assert [parsed(stages["shard"])["out"]] == recipe.data.shards
-    assert parsed(stages["export"])["run"] == recipe.output
+    assert parsed(stages["export"])["source"] == recipe.output
 
 
 @pytest.mark.parametrize("name", ["a, b", "2024", "1e5", "it's [mine]", "a: b", "Läufe/東京"])

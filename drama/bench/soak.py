@@ -35,7 +35,8 @@ WAYS = ("SIGKILL rank 0", "SIGKILL rank 1", "SIGKILL all", "SIGTERM all")
 SAMPLE_EVERY_S = 0.1
 # of a line of metrics.jsonl: what has to be equal to the last bit
 EXACT = ("step", "loss", "loss_by_prefix", "grad_norm", "lr", "tokens", "evaluation")
-DIFFERS = ("metrics.jsonl", "tensorboard/*")  # clocks, between runs that are equal
+# clocks, between runs that are equal; the model card says the hours
+DIFFERS = ("metrics.jsonl", "tensorboard/*", "model/README.md")
 SHARED_MEMORY = Path("/dev/shm")
 
 
