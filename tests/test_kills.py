@@ -75,6 +75,7 @@ def losses(run: Path) -> list[dict[str, object]]:
     return [{name: line.get(name) for name in EXACT} for line in read_metrics(run)]
 
 
+@pytest.mark.slow
 def test_rank_1_killed_inside_the_save(world: Path, tmp_path: Path) -> None:
     """The main rank stands between DeepSpeed's files and state.json."""
     run = world / "killed-in-the-save"

@@ -87,13 +87,19 @@ def test_only_matrices_decay_and_what_is_frozen_is_in_no_group():
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 3]
 
 
-@pytest.mark.parametrize(("mark", "stage"), [(-1.0, 1), (-1.0, 3), (2.5, 2)])
-def test_a_norm_that_deepspeed_marks_as_no_number_is_none(mark: float, stage: int) -> None:
-    """Else a step with such gradients would look like a step of norm -1."""
+@pytest.mark.parametrize(("skips", "stage"), [(True, 1), (True, 3), (False, 2)])
+def test_a_step_that_deepspeed_skips_has_no_norm_and_the_schedule_moves_on(
+    skips: bool, stage: int
+) -> None:
+    """DeepSpeed's mark for it is a norm of -1, and it holds the schedule back."""
+    moved = []
     engine = SimpleNamespace(
-        step=lambda: None,
+        skipped_steps=4,
         zero_optimization_stage=lambda: stage,
-        get_global_grad_norm=lambda: mark,
+        get_global_grad_norm=lambda: -1.0 if skips else 2.5,
+        lr_scheduler=SimpleNamespace(step=lambda: moved.append(True)),
     )
+    engine.step = lambda: setattr(engine, "skipped_steps", 4 + skips)
     norm = step_engine(engine)
-    assert norm == mark if mark > 0 else math.isnan(norm)
+    assert math.isnan(norm) if skips else norm == 2.5
+    assert moved == [True] * skips
