@@ -35,6 +35,7 @@ from torch import Tensor
 from drama.console import console
 from drama.errors import UserError
 from drama.full_disk import FullDisk
+from drama.reshard import Read, resharding
 from drama.settings import Optimization
 
 STATE = "state.json"
@@ -249,37 +250,38 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _load_tensors_only(path: str, map_location: Any = None) -> Any:
+def _load_tensors_only(path: str, map_location: Any = None, *, mmap: bool = False) -> Any:
     """In the place of DeepSpeed's file reader, which runs whatever code a pickle holds."""
     try:
         with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
 
 
 def load(engine: Any, checkpoint: Path, inputs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """Load weights, optimizer and schedule; return the steps that were done, and what `save` was
-    given as `extra`.
+    given as `extra`. Another number of ranks may have saved it.
 
     Raises:
-        UserError: saved by another number of ranks or from other inputs, or a file that holds more
-            than tensors and plain values.
+        UserError: saved from other inputs, or a file that holds more than tensors and plain values.
     """
     state = read_state(checkpoint)
-    if state["world_size"] != engine.world_size:
-        raise UserError(
-            f"{checkpoint} was saved by {state['world_size']} ranks, this run has "
-            f"{engine.world_size}; start with --num_gpus {state['world_size']}"
-        )
     for name, value in inputs.items():
         if state["inputs"].get(name) != value:
             raise UserError(
                 f"{checkpoint} was trained on another {name} than the recipe's path holds now; "
                 "give another output, or remove the run folder"
             )
-    engine.checkpoint_engine.load = _load_tensors_only
+    read: Read = _load_tensors_only
+    if state["world_size"] != engine.world_size:
+        console.print(
+            f"{checkpoint.name} was saved by {state['world_size']} ranks and is dealt to "
+            f"{engine.world_size}"
+        )
+        read = resharding(engine, checkpoint / "zero", state["world_size"], read)
+    engine.checkpoint_engine.load = read
     if engine.load_checkpoint(str(checkpoint), tag="zero")[0] is None:
         raise UserError(f"{checkpoint}/zero: DeepSpeed found nothing to load; remove {checkpoint}")
     return int(state["step"]), state["extra"]

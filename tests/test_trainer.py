@@ -294,9 +294,23 @@ def test_a_damaged_record_is_one_line_also_from_a_worker(world, tmp_path, worker
     refused(done, "train-000000.tar", "record", "byte", "drama shard")
 
 
-def test_another_number_of_ranks_is_named(world):
-    done = run_alone(TRAIN, "--recipe", str(world / "recipe.yaml"))
-    refused(done, "saved by 2 ranks", "--num_gpus 2")
+def test_another_number_of_ranks_takes_the_same_step(world):
+    """One rank goes on with ZeRO 3's shards of two."""
+    run, whole = world / "moved", world / "whole"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step-9")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(whole), str(run)))
+    done = run_alone(TRAIN, "--recipe", str(recipe))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step-8 was saved by 2 ranks and is dealt to 1" in done.stderr
+    ours, theirs = (read_metrics(folder)[8] for folder in (run, whole))
+    assert ours["seconds"] != theirs["seconds"]  # it was taken anew
+    for name in ("loss", "grad_norm", "lr", "temperature"):
+        assert math.isclose(ours[name], theirs[name], rel_tol=1e-5), name
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (run, whole)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_one_process_gives_the_same_model_as_two_ranks(world):
