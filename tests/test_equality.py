@@ -1,10 +1,9 @@
 """The table of equality: all libraries, padded and not, to 8,192 tokens, and a version apart."""
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from drama.errors import UserError
 from drama.export import export
 from drama.folder import RetrieverSettings
 from drama.testing import tiny_llama
+from tests.environments import environment_with
 
 OLDER = "sentence-transformers==5.3.*"
 SHOW = """
@@ -80,27 +80,17 @@ def test_all_libraries_to_8192_tokens(tmp_path, attention, pooling):
 
 @pytest.mark.slow
 def test_sentence_transformers_5_3(tmp_path):
-    """Another version in another process: its files lie before those of this environment; torch and
-    transformers are the same. Needs a package index."""
-    packages = tmp_path / "packages"
-    install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(packages), OLDER]
-    if importlib.util.find_spec("pip") is None:
-        pytest.skip("no pip here")
-    done = subprocess.run(
-        [sys.executable, *install], capture_output=True, text=True, timeout=300, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"cannot install {OLDER}: {done.stderr[-200:]}")
-    paths = [str(packages), *([p] if (p := os.environ.get("PYTHONPATH")) else [])]
+    """In an environment of its own with our torch and transformers; needs a package index."""
+    python = environment_with(OLDER)
     for attention, pooling, dim in (
         ("bidirectional", "last", None), ("causal", "mean", None), ("bidirectional", "mean", 16),
     ):  # fmt: skip
         place = tmp_path / f"{attention}-{pooling}-{dim}"
         folder = exported(place, attention, pooling, dim=dim)
         shown = subprocess.run(
-            [sys.executable, "-c", SHOW, str(folder), "[32, 512, 8192]"],
+            [str(python), "-c", SHOW, str(folder), "[32, 512, 8192]"],
             capture_output=True, text=True, timeout=600, check=False,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         )  # fmt: skip
         assert shown.returncode == 0, shown.stderr[-3000:]
         version, found = json.loads(shown.stdout.splitlines()[-1])
