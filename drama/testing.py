@@ -17,8 +17,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drama.distributed import free_port
-
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token a byte: every text in every language encodes and decodes."""
@@ -65,6 +63,8 @@ def run_deepspeed(
 
     On a machine without GPU this starts gloo ranks on the CPU.
     """
+    from drama.distributed import free_port  # imports DeepSpeed, which the data below do not need
+
     launcher = Path(sys.executable).with_name("deepspeed")
     command: Sequence[str] = [
         str(launcher), "--no_local_rank", "--num_gpus", str(num_ranks),

@@ -15,14 +15,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from drama.bench.gated import Candidate, compare
 from drama.bench.infonce_peers import TEMPERATURE, Case, Loss, providers
-from drama.bench.rows import Rows, interleaved, peak_bytes
+from drama.bench.rows import Rows
 from drama.kernels.infonce_reference import infonce_reference
 from drama.testing import ContrastiveBatch, contrastive_batch, relative_error
 
 WIDTHS = (64, 128, 256, 512, 768)
-# relative error of a gradient; plain torch rounds its logits to the vectors' type
-GATE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 # logits that float64 is asked for: a few seconds
 EXACT_LOGITS = {"cpu": 2**26, "cuda": 2**32}
 EXACT_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
@@ -120,41 +119,30 @@ def measure(
     """Gate, time and memory of every provider of a case; appends to `rows`."""
     batch = vectors(case, dtype, device)
     q_BD, k_ND = (x.requires_grad_(case.backward) for x in (batch.q_BD, batch.k_ND))
-    runs: dict[str, Callable[[], None]] = {"floor": _floor(case, q_BD, k_ND)}
-    x, exact = str(case), dict[Case, tuple[Tensor, Tensor]]()
-    for name, (loss, computed) in providers(case, device).items():
-        gated = gate_case(computed, device)
-        checked = vectors(gated, dtype, device)
-        if gated not in exact:
-            exact[gated] = exact_gradients(gated, checked)
-        config = {"dtype": str(dtype), "temperature": TEMPERATURE, "checked at": str(gated)}
+    checks = dict[Case, tuple[ContrastiveBatch, tuple[Tensor, Tensor]]]()
 
-        def run(loss: Loss = loss) -> None:
+    def candidate(loss: Loss, computed: Case) -> Candidate:
+        gated = gate_case(computed, device)
+
+        def errors() -> dict[str, float]:
+            if gated not in checks:
+                checked = vectors(gated, dtype, device)
+                checks[gated] = checked, exact_gradients(gated, checked)
+            error = gradient_error(loss, *checks[gated])
+            q_BD.grad = k_ND.grad = None
+            return {"relative gradient error": error}
+
+        def run() -> None:
             _run(loss, q_BD, k_ND, batch.positive_B, backward=case.backward)
 
-        try:
-            error = gradient_error(loss, checked, exact[gated])
-            rows.add(name, case.mode, "relative gradient error", x, [error], config)
-            if not error <= GATE[dtype]:  # published, but no time is
-                continue
-            q_BD.grad = k_ND.grad = None
-            memory = peak_bytes(run, device)
-        except Exception as failure:  # a peer's, of whatever kind: the others go on
-            kind = "out of memory" if isinstance(failure, torch.OutOfMemoryError) else "failed"
-            said = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-            rows.add(name, case.mode, kind, x, [1.0], config | {"error": said})
-            continue
-        rows.add(name, case.mode, "peak MiB beyond inputs", x, [memory / 2**20], config)
-        runs[name] = run
-    del exact
-    times = interleaved(runs, device, seconds=seconds)
-    floor = sorted(times["floor"])[len(times["floor"]) // 2]
-    config = {"dtype": str(dtype), "temperature": TEMPERATURE}
-    for name, values in times.items():
-        rows.add(name, case.mode, "ms", x, [1e3 * t for t in values], config)
-        rows.add(name, case.mode, "TFLOP/s", x, [case.flops / t / 1e12 for t in values], config)
-        if name != "floor":
-            rows.add(name, case.mode, "fraction of floor", x, [floor / t for t in values], config)
+        return Candidate(errors, run, str(gated))
+
+    found = {name: candidate(*pair) for name, pair in providers(case, device).items()}
+    floor = matrix_products(q_BD, k_ND, backward=case.backward)
+    compare(
+        case, found, floor, rows,
+        dtype=dtype, device=device, seconds=seconds, config={"temperature": TEMPERATURE},
+    )  # fmt: skip
 
 
 def _run(loss: Loss, q_BD: Tensor, k_ND: Tensor, positive_B: Tensor, *, backward: bool) -> None:
@@ -164,18 +152,18 @@ def _run(loss: Loss, q_BD: Tensor, k_ND: Tensor, positive_B: Tensor, *, backward
         value.backward()
 
 
-def _floor(case: Case, q_BD: Tensor, k_ND: Tensor) -> Callable[[], None]:
-    """The matrix products alone, in chunks of rows where the matrix is large."""
+def matrix_products(q_BD: Tensor, k_ND: Tensor, *, backward: bool) -> Callable[[], None]:
+    """The matrix products alone, three or one, in chunks of rows where the matrix is large."""
     q_BD, k_ND = q_BD.detach(), k_ND.detach()
-    chunk = min(case.rows, max(1, 2**28 // case.columns))
-    product_CN = q_BD.new_empty(chunk, case.columns)
+    chunk = min(len(q_BD), max(1, 2**28 // len(k_ND)))
+    product_CN = q_BD.new_empty(chunk, len(k_ND))
 
     def run() -> None:
-        for first in range(0, case.rows, chunk):
+        for first in range(0, len(q_BD), chunk):
             q_CD = q_BD[first : first + chunk]
             s_CN = product_CN[: len(q_CD)]
             torch.mm(q_CD, k_ND.T, out=s_CN)
-            if case.backward:
+            if backward:
                 torch.mm(s_CN, k_ND)
                 torch.mm(s_CN.T, q_CD)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +34,19 @@ class Case:
     ours_alone: bool = False  # too large for the others
 
     @property
+    def kernel(self) -> str:
+        return "infonce"
+
+    @property
     def mode(self) -> str:
         parts = ["forward+backward" if self.backward else "forward"]
         parts += [f"{len(self.prefixes)} prefixes"] if self.prefixes else []
         return ", ".join([*parts, "symmetric"] if self.symmetric else parts)
 
     @property
-    def flops(self) -> float:
-        return 2.0 * self.rows * self.columns * self.width * (3 if self.backward else 1)
+    def work(self) -> tuple[str, float]:
+        flops = 2.0 * self.rows * self.columns * self.width * (3 if self.backward else 1)
+        return "TFLOP/s", flops / 1e12
 
     def __str__(self) -> str:
         return f"B={self.rows} N={self.columns} D={self.width}"
@@ -77,22 +84,25 @@ def linear_cross_entropy(q_BD: Tensor, k_ND: Tensor, positive_B: Tensor) -> Tens
 
 def sentence_transformers(chunk: int, *, symmetric: bool) -> Loss:
     """The loss stage of its cached loss, which backpropagates each chunk as it goes."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
 
-    model = SentenceTransformer(modules=[torch.nn.Identity()], device="cpu")
-    loss = CachedMultipleNegativesRankingLoss(
-        model,
-        scale=1 / TEMPERATURE,
-        mini_batch_size=chunk,
-        directions=("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),
-        partition_mode="per_direction" if symmetric else "joint",
-    )
+    @cache  # at the first call: where the package does not load, only this one fails
+    def made() -> Any:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+
+        model = SentenceTransformer(modules=[torch.nn.Identity()], device="cpu")
+        return CachedMultipleNegativesRankingLoss(
+            model,
+            scale=1 / TEMPERATURE,
+            mini_batch_size=chunk,
+            directions=("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",),
+            partition_mode="per_direction" if symmetric else "joint",
+        )
 
     def run(q_BD: Tensor, k_ND: Tensor, positive_B: Tensor) -> Tensor:
         # it wants the documents in the queries' order, as leaves
         documents_BD = k_ND.detach()[positive_B].requires_grad_(q_BD.requires_grad)
-        value = loss.calculate_loss([[q_BD], [documents_BD]], with_backward=q_BD.requires_grad)
+        value = made().calculate_loss([[q_BD], [documents_BD]], with_backward=q_BD.requires_grad)
         if documents_BD.grad is not None:
             k_ND.grad = torch.empty_like(k_ND)
             k_ND.grad[positive_B] = documents_BD.grad

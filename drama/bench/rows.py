@@ -110,7 +110,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 class Rows:
-    """Collects rows and writes them; rows of earlier runs on other devices stay."""
+    """Collects rows and writes them; rows of other kernels and devices stay."""
 
     def __init__(self, kernel: str, device: torch.device) -> None:
         self.kernel, self.rows = kernel, []  # type: ignore[var-annotated]
@@ -144,6 +144,27 @@ class Rows:
                 **self.common,
             }
         )
+
+    def add_failure(
+        self, provider: str, mode: str, x: str, config: Mapping[str, Any], failure: Exception
+    ) -> None:
+        """A row for a provider that could not do it; its config has the first line of why."""
+        kind = "out of memory" if isinstance(failure, torch.OutOfMemoryError) else "failed"
+        said = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+        self.add(provider, mode, kind, x, [1.0], {**config, "error": said})
+
+    @contextmanager
+    def failures(
+        self, provider: str, mode: str, x: str, config: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Any failure inside becomes a row, and what comes after goes on."""
+        try:
+            yield
+        except Exception as failure:  # a peer's, of whatever kind
+            self.add_failure(provider, mode, x, config, failure)
+            failure.__traceback__ = None  # whose frames hold the memory that was short
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def write(self, path: Path) -> None:
         """Replace this kernel's rows of this device in the file, keep all others."""

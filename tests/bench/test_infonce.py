@@ -164,11 +164,13 @@ def test_help_teaches_and_a_bad_option_is_one_line():
 def test_the_command_measures_its_small_grid(tmp_path):
     out = tmp_path / "kernels.csv"
     command = [sys.executable, str(ROOT / "launchers" / "bench_kernels.py"), "--quick"]
+    command += ["--kernel", "infonce"]
     done = subprocess.run(
         [*command, "--out", str(out)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     with out.open(newline="") as file:
         read = list(csv.DictReader(file))
+    assert {row["kernel"] for row in read} == {"infonce"}
     assert {row["provider"] for row in read} >= OURS | {"plain torch", "floor"}
     assert len({(row["x"], row["mode"]) for row in read}) == len(bench.cases(CPU, quick=True))
