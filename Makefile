@@ -39,7 +39,7 @@ test: setup  ## the tests, without the slow ones
 test-all: setup  ## every test
 	$(TESTS)
 
-bench: setup  ## time loss, step, data, pruning, recovery, augmentation here: some hours on two cores
+bench: setup  ## time kernels, step, data, pruning, recovery, augmentation here: some hours on two cores
 	$(BIN)/python launchers/bench_kernels.py
 	$(BIN)/python launchers/bench_throughput.py --memory
 	$(BIN)/python launchers/bench_throughput.py

@@ -96,7 +96,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         for length, width in shapes
         for pooling in ("last", "mean")
         for backward in (False, True)
-    ]  # type: ignore[misc]
+    ]
 
 
 def states(case: Case, dtype: torch.dtype, device: torch.device) -> PackedStates:
@@ -174,7 +174,7 @@ def segment_pool(plain: PlainPool) -> Pool:
 def compiled(plain: PlainPool) -> Pool:
     """By inductor, for this shape alone; compiled at the first call."""
     torch.compiler.reset()  # else the ninth shape of a process would silently run eagerly
-    return torch.compile(plain, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(plain, dynamic=False)
 
 
 def measure(
