@@ -48,6 +48,7 @@ from drama.kernels.saved_gradients import saved_dtype, scaled
 Backend = Literal["auto", "triton", "torch", "plain", "reference"]
 BACKENDS = ("auto", "triton", "torch", "plain", "reference")
 PLAIN_ELEMENTS = 2**18  # up to so many logits the plain matrix is faster (benchmarks/kernels.csv)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def infonce(
@@ -153,7 +154,7 @@ def choose_backend(backend: Backend, q_BD: Tensor, num_columns: int) -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
-    if backend == "triton" and not _has_triton():
+    if backend == "triton" and not HAS_TRITON:
         raise ValueError("backend 'triton' needs the package triton, which is not installed")
     if backend == "triton" and q_BD.dtype == torch.float64:
         raise ValueError("backend 'triton' takes no float64; use 'torch'")
@@ -162,11 +163,7 @@ def choose_backend(backend: Backend, q_BD: Tensor, num_columns: int) -> str:
     if len(q_BD) * num_columns <= PLAIN_ELEMENTS:
         return "plain"
     on_gpu = q_BD.device.type == "cuda" and q_BD.dtype != torch.float64
-    return "triton" if on_gpu and _has_triton() else "torch"
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return "triton" if on_gpu and HAS_TRITON else "torch"
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -223,7 +220,7 @@ def _check_numbers(temperature: float | Tensor, margin: float | None, device: to
             )
     elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, expected a number above 0")
-    if margin is not None and math.isnan(margin):
+    if margin is not None and margin != margin:  # not `isnan`: torch.compile cannot trace it
         raise ValueError("margin is not a number")
 
 

@@ -1,29 +1,30 @@
-"""InfoNCE on a GPU: two Triton kernels around cuBLAS (or rocBLAS) products.
+"""InfoNCE on a GPU: matrix products of cuBLAS (or rocBLAS), and Triton kernels for the rest.
 
-Per chunk of rows, with the whole row of N columns in reach:
+One prefix after the other, the widest first. A chunk of rows at a time:
 
-    1. `scores_kernel`    S = q k^T tile by tile on the tensor cores. At each prefix boundary the
-       accumulator is scaled to base-2 logits z, masked by comparisons in the tile, and stored as
-       E = 2^(z - m) in the inputs' dtype, m the tile's row maximum; with it m and sum(E).
-    2. the rows' logsumexp from m and sum(E), a few numbers a tile.
-    3. `finish_kernel`    E becomes, in place, H_j = sum_{p >= j} w_p G_p ia_p ib_p.
-    4. dq = H_j k_segment, dk += H_j^T q_segment, float32 accumulation and output.
+    1. S = q k^T in float32, some rows of the chunk at a time, so that S stays in the L2 cache
+    2. `statistics_kernel`, `losses_kernel`: logsumexp and loss of its rows, masks compared on the way
+    3. `gradient_kernel`: H = G ia ib in the vectors' dtype, G the gradient over the logits
+    4. dq = H k and dk += H^T q for the whole chunk, in float32
+    5. `tangent_kernel`: what normalising takes out of a gradient, the scale, and the final dtype
 
-Three GEMMs and 10 bytes of traffic a logit and prefix in bf16 (write, read, write, read, read);
-work memory `WORK_BYTES`. Rounding to bf16 happens to E, which is relative to its tile, and to H;
-exponents, sums, norms, the positive's logit and everything about the loss are float32.
+Three GEMMs. Besides them a logit costs, in bf16, 4 bytes written and 8 read, which the L2 serves,
+and 2 written and 4 read of H. Rounding to bf16 happens to H alone; logits, exponents, sums, norms
+and everything about the loss are float32. Work memory: `GRADIENT_BYTES` of H (or as much as a bf16
+gradient of k, if that is more), `SCORE_BYTES` of S, and the float32 gradient of k.
 
-fp16 has no range for H, products of inverse norms: its vectors are scaled by powers of two first,
+cuBLAS takes 10 ms for B = N = 65,536, D = 768 on an H200, and steps 2 and 3 a few more; a Triton
+kernel whose tiles of the product end in the exponentials took 23 ms.
+
+fp16 has no range for H, a product of inverse norms: its vectors are scaled by powers of two first,
 which is exact, and its gradients come out in float32.
 
-The positive is left out of E and of the sums: with L the logsumexp of the negatives,
-loss = log(1 + exp(L - z_pos)), and its gradient is expm1(-loss). Both keep their digits where a row
-is solved, and a row without negatives has exactly 0.
+The positive is in no sum: with L the logsumexp of the negatives, loss = log(1 + exp(L - z_pos)).
+A solved row keeps its digits, and one without negatives has exactly 0.
 
-`symmetric` needs the columns' logsumexp before the first gradient: a pass for the statistics alone
-and a second product whose epilogue writes the gradient itself; four GEMMs.
+`symmetric` needs the columns' logsumexp before the first gradient: a fourth product.
 
-Deterministic: no atomics, partial sums are written out and summed by torch.
+Deterministic: no atomics, partial sums are written out and summed in order.
 
 B queries, C rows of a chunk, N documents, D width, P prefixes, T column tiles, R row tiles.
 """
@@ -31,302 +32,294 @@ B queries, C rows of a chunk, N documents, D width, P prefixes, T column tiles, 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from drama.kernels.infonce_kernels import (
-    EXP,
-    FINISH_ROWS,
-    GRADIENT,
-    STATISTICS,
-    WIDEST,
-    Config,
-    candidates,
-    finish_kernel,
-    scores_kernel,
+    BLOCK_C,
+    BLOCK_D,
+    BLOCK_N,
+    BLOCK_R,
+    BLOCK_T,
+    NUM_WARPS,
+    gradient_kernel,
+    inverse_norms_kernel,
+    losses_kernel,
+    positives_kernel,
+    statistics_kernel,
+    tangent_kernel,
 )
-from drama.kernels.infonce_problem import (
-    Evaluation,
-    Problem,
-    column_targets,
-    inverse_norms,
-    is_normed,
-    remove_pull,
-)
+from drama.kernels.infonce_problem import EPS, Evaluation, Problem, column_targets
 
-WORK_BYTES = 2**29  # of E, all prefixes
+GRADIENT_BYTES = 2**29  # of H
+SCORE_BYTES = 2**26  # of S
+FEWEST_ROWS = 128  # of S: fewer, and the product does not fill the GPU
 FP16_UNIT = 1 / 32  # a norm near 1 counts as 32: H up to 2^12, and small entries keep their digits
-FP16_MOST = 255.0  # of a factor, so that two of them stay finite: a prefix of next to no length
+FP16_MOST = 255.0  # of a factor, so that two of them stay finite: a vector of next to no length
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
-_fastest: dict[tuple[Any, ...], Config] = {}
 
 
 def evaluate(problem: Problem, *, with_gradient: bool) -> Evaluation:
     """Loss and statistics of all rows, and the gradients where asked for."""
-    return _Evaluator(problem).evaluate(with_gradient)
+    problem = problem._replace(
+        positive_B=problem.positive_B.contiguous(),
+        k_ids_N=None if problem.k_ids_N is None else problem.k_ids_N.contiguous(),
+        owner_N=None if problem.owner_N is None else problem.owner_N.contiguous(),
+    )
+    with torch.cuda.device_of(problem.q_BD):
+        parts, gradients = [], None
+        for width, weight in reversed(list(zip(problem.widths, problem.weights, strict=True))):
+            prefix = _Prefix(problem, width, weight)
+            if with_gradient and gradients is None:
+                gradients = _Gradients.empty(prefix, whole=len(problem.widths) == 1)
+            parts.append(prefix.evaluate(gradients))
+    loss_PB, lse_PB, score_PB = (
+        torch.stack([part[i] for part in reversed(parts)]) if parts[1:] else parts[0][i][None]
+        for i in range(3)
+    )
+    done = Evaluation(loss_PB, lse_PB, score_PB, parts[0][3])
+    if gradients is None:
+        return done
+    dtemperature = torch.stack(gradients.dtemperatures).sum()
+    return done._replace(
+        dq_BD=problem.at_full_width(gradients.dq_BD),
+        dk_ND=problem.at_full_width(gradients.dk_ND),
+        dtemperature=dtemperature / -problem.temperature,
+    )
 
 
-class _Evaluator:
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.q_BD, self.k_ND = (
-            x if x.stride(1) == 1 else x.contiguous() for x in (problem.q_BD, problem.k_ND)
+class _Gradients(NamedTuple):
+    """Of the widest prefix, to which the others add theirs; in float32 where there are others."""
+
+    dq_BD: Tensor
+    dk_ND: Tensor
+    dtemperatures: list[Tensor]
+
+    @classmethod
+    def empty(cls, widest: _Prefix, *, whole: bool) -> _Gradients:
+        dtype = widest.gradient_dtype if whole else torch.float32
+        shapes = (widest.num_rows, widest.width), (widest.num_columns, widest.width)
+        dq_BD, dk_ND = (widest.q_BD.new_empty(shape, dtype=dtype) for shape in shapes)
+        return cls(dq_BD, dk_ND, [])
+
+
+class _Prefix:
+    """InfoNCE of the first `width` dimensions."""
+
+    def __init__(self, problem: Problem, width: int, weight: float) -> None:
+        self.problem, self.width = problem, width
+        q_BD, k_ND = (
+            x[:, :width] if x.stride(1) == 1 else x[:, :width].contiguous()
+            for x in (problem.q_BD, problem.k_ND)
         )
-        widths, device = problem.widths, self.q_BD.device
-        self.num_rows, self.num_columns = len(self.q_BD), len(self.k_ND)
-        self.widths = torch.tensor((0, *widths), dtype=torch.int32).to(device, non_blocking=True)
-        self.weights_P1 = torch.tensor(problem.weights).to(device, non_blocking=True)[:, None]
-        self.ia_PB, self.ib_PN = inverse_norms(self.q_BD, widths), inverse_norms(self.k_ND, widths)
-        self.normed_PB, self.normed_PN = is_normed(self.ia_PB), is_normed(self.ib_PN)
-        self.q_scale_B1 = self.k_scale_N1 = None
-        self.gradient_dtype = self.q_BD.dtype
-        # H is stored as if the vectors' mean norm were 1 and the largest weight too
-        unit_q, unit_k = (1 / (1 / x[-1]).mean() for x in (self.ia_PB, self.ib_PN))
-        most = math.inf
-        if self.q_BD.dtype == torch.float16:
-            self.q_BD, self.ia_PB, self.q_scale_B1 = _near_one(self.q_BD, self.ia_PB)
-            self.k_ND, self.ib_PN, self.k_scale_N1 = _near_one(self.k_ND, self.ib_PN)
-            self.gradient_dtype = torch.float32
-            unit_q = unit_k = torch.full_like(unit_q, FP16_UNIT)
-            most = FP16_MOST
-        largest = max(map(abs, problem.weights)) or 1.0
+        self.num_rows, self.num_columns = len(q_BD), len(k_ND)
+        ia_B, ib_N = _inverse_norms(q_BD), _inverse_norms(k_ND)
+        self.powers: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.gradient_dtype, unit = q_BD.dtype, 1.0
+        self.row_factor_B, self.column_factor_N = ia_B, ib_N
+        if q_BD.dtype == torch.float16:
+            self.gradient_dtype, unit = torch.float32, FP16_UNIT
+            q_BD, ia_B, power_B = _near_one(q_BD, ia_B)
+            k_ND, ib_N, power_N = _near_one(k_ND, ib_N)
+            self.powers = power_B, power_N
+            self.row_factor_B, self.column_factor_N = (
+                (x / unit).clamp_max(FP16_MOST) for x in (ia_B, ib_N)
+            )
+        self.q_BD, self.k_ND, self.ia_B, self.ib_N = q_BD, k_ND, ia_B, ib_N
         self.to_base2 = LOG2E / problem.temperature
-        self.row_factor_PB = (self.ia_PB / unit_q).clamp_max(most) * (self.weights_P1 / largest)
-        self.column_factor_PN = (self.ib_PN / unit_k).clamp_max(most)
-        # what turns sums over real gradients into sums over stored ones, and back
-        self.unit = 1 / (unit_q * unit_k * largest)
-        self.scale = 1 / (self.unit * problem.temperature * self.num_rows)
+        self.ia2_B = ia_B * self.to_base2
+        self.scale = unit**2 * weight / self.num_rows / problem.temperature
+        self.z_B = _positive_logits(q_BD, k_ND, problem.positive_B, self.ia2_B, ib_N)
+        self.limit_B = None
+        if problem.margin is not None:
+            self.limit_B = self.z_B + problem.margin * self.to_base2
         self.ids_B = None if problem.k_ids_N is None else problem.k_ids_N[problem.positive_B]
-        per_row = self.q_BD.element_size() * self.num_columns * len(widths)
-        chunk = max(1, WORK_BYTES // per_row)
-        self.chunk_size = min(self.num_rows, chunk - chunk % 128 if chunk > 128 else chunk)
-
-    def evaluate(self, with_gradient: bool) -> Evaluation:
-        problem, num_prefixes = self.problem, len(self.problem.widths)
-        shape = num_prefixes, self.num_rows
-        self.z_PB, self.loss_PB = (self.ia_PB.new_empty(shape) for _ in range(2))
+        self.masks = {
+            "HAS_IDS": problem.k_ids_N is not None,
+            "HAS_OWNERS": problem.owner_N is not None,
+            "HAS_MARGIN": problem.margin is not None,
+        }
+        self.stride = triton.cdiv(self.num_columns, 16) * 16
+        self.num_tiles = triton.cdiv(self.num_columns, BLOCK_N)
+        most = max(GRADIENT_BYTES, 2 * self.num_columns * width)
+        self.chunk_size = self._rows_in(most, q_BD.element_size(), fewest=1)
+        self.score_rows = min(self.chunk_size, self._rows_in(SCORE_BYTES, 4, fewest=FEWEST_ROWS))
+        self.s_CN = ia_B.new_empty(self.score_rows, self.stride)
+        self.partials = [ia_B.new_empty(self.score_rows, self.num_tiles) for _ in range(2)]
+        self.masked_CT = None
+        if any(self.masks.values()):
+            self.masked_CT = torch.empty_like(self.partials[0], dtype=torch.int32)
+        self.loss_B, self.lse2_B, self.positive_g_B = (torch.empty_like(ia_B) for _ in range(3))
         self.num_masked_B = torch.empty_like(problem.positive_B)
-        if with_gradient:
-            self.dq_BD = self.q_BD.new_empty(
-                self.num_rows, problem.widths[-1], dtype=self.gradient_dtype
-            )
-            self.dk_ND = self.ib_PN.new_zeros(self.num_columns, problem.widths[-1])
-            self.total = self.ia_PB.new_zeros(())
-            self.c_PN = self.ib_PN.new_zeros(num_prefixes - 1, self.num_columns)
-        chunks = [
-            slice(first, min(first + self.chunk_size, self.num_rows))
-            for first in range(0, self.num_rows, self.chunk_size)
+
+    def evaluate(self, gradients: _Gradients | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, logsumexp, positive's cosine and number of masked columns, each [B]."""
+        loss_B, column_lse2_N = self.loss_B, None
+        if self.problem.symmetric:
+            loss_B, column_lse2_N = self._columns()
+        if gradients is not None:
+            self._gradients(gradients, column_lse2_N)
+        elif column_lse2_N is None:
+            for rows in self._parts(slice(0, self.num_rows)):
+                self._statistics(self._scores(rows), rows)
+        return loss_B, self.lse2_B * LN2, self.z_B / self.to_base2, self.num_masked_B
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """The mean loss of both directions, and what to take from a logit for the columns'."""
+        negatives_lse_N = torch.full_like(self.ib_N, -torch.inf)
+        by_column = [
+            self.ib_N.new_empty(triton.cdiv(self.score_rows, BLOCK_C), self.num_columns)
+            for _ in range(2)
         ]
-        if not problem.symmetric:
-            for rows in chunks:
-                self._one_direction(rows, with_gradient)
-            loss_PB = self.loss_PB
-        else:
-            negatives_lse_PN = torch.full_like(self.ib_PN, -torch.inf)
-            for rows in chunks:
-                part_PN = self._statistics(rows)
-                negatives_lse_PN = torch.logaddexp(negatives_lse_PN, part_PN)
-            targets = column_targets(negatives_lse_PN, self.z_PB * LN2, problem.positive_B)
-            for rows in chunks if with_gradient else ():
-                self._both_directions(rows, *targets)
-            loss_PB = (self.loss_PB + targets[0]) / 2
-        done = Evaluation(
-            loss_PB,
-            self.z_PB * LN2 + self.loss_PB,
-            self.z_PB / self.to_base2,
-            self.num_masked_B,
+        for rows in self._parts(slice(0, self.num_rows)):
+            self._statistics(self._scores(rows), rows, by_column)
+            top_RN, sum_RN = (x[: triton.cdiv(rows.stop - rows.start, BLOCK_C)] for x in by_column)
+            part_N = torch.logsumexp(top_RN * LN2 + sum_RN.log(), 0)
+            negatives_lse_N = torch.logaddexp(negatives_lse_N, part_N)
+        loss_PB, v_PN = column_targets(
+            negatives_lse_N[None], self.z_B[None] * LN2, self.problem.positive_B
         )
-        return self._with_gradients(done) if with_gradient else done
+        self.positive_g_B = (self.positive_g_B + torch.expm1(-loss_PB[0])) / 2
+        return (self.loss_B + loss_PB[0]) / 2, v_PN[0] * LOG2E
 
-    # -- one chunk ----------------------------------------------------------------------------
-
-    def _one_direction(self, rows: slice, with_gradient: bool) -> None:
-        mode = EXP if with_gradient else STATISTICS
-        config, out = self._scores(rows, mode)
-        lse2_PC = self._row_statistics(rows, out)
-        if not with_gradient:
-            return
-        last, num_tiles = (
-            len(self.problem.widths) - 1,
-            triton.cdiv(self.num_columns, config.columns),
-        )
-        positive_g_PC = torch.expm1(-self.loss_PB[:, rows])
-        gz_PC = (positive_g_PC * self.z_PB[:, rows])[:last]
-        if last:
-            scale_PCT = torch.exp2(out["top"] - lse2_PC[..., None])[:last]
-            gz_PC += (scale_PCT * out["pull"][:last]).sum(2)
-        num_rows = rows.stop - rows.start
-        grid = (num_tiles, triton.cdiv(num_rows, FINISH_ROWS))
-        column_pull_PRN = self.ib_PN.new_empty(last, grid[1], self.num_columns)
-        finish_kernel[grid](
-            out["e"], out["top"], lse2_PC, self.problem.positive_B[rows], positive_g_PC,
-            self.z_PB[:, rows].contiguous(), self.row_factor_PB[:, rows].contiguous(),
-            self.column_factor_PN, column_pull_PRN, num_rows, self.num_columns,
-            P=last + 1, BLOCK_C=FINISH_ROWS, BLOCK_N=config.columns, num_warps=8,
-        )  # fmt: skip
-        self._add_column_pull(column_pull_PRN)
-        self._add_products(rows, out["e"], gz_PC)
-
-    def _statistics(self, rows: slice) -> Tensor:
-        """Row statistics of a chunk; returns the columns' logsumexp over its negatives."""
-        _, out = self._scores(rows, STATISTICS)
-        self._row_statistics(rows, out)
-        lse2_PN = torch.logsumexp((out["column_top"] * LN2) + out["column_sum"].log(), 1)
-        return lse2_PN
-
-    def _both_directions(self, rows: slice, column_loss_PB: Tensor, v_PN: Tensor) -> None:
-        loss_PC, num_prefixes = self.loss_PB[:, rows], len(self.problem.widths)
-        positive_g_PC = (torch.expm1(-loss_PC) + torch.expm1(-column_loss_PB[:, rows])) / 2
-        lse2_PC = self.z_PB[:, rows] + loss_PC * LOG2E
-        _, out = self._scores(
-            rows, GRADIENT, row_lse=lse2_PC, column_lse=v_PN * LOG2E, positive_g=positive_g_PC
-        )
-        gz_PC = (positive_g_PC * self.z_PB[:, rows])[:-1]
-        if num_prefixes > 1:
-            gz_PC += out["pull"][:-1].sum(2)
-            self._add_column_pull(out["column_pull"][:-1])
-            for p in reversed(range(num_prefixes - 1)):
-                out["e"][p] += out["e"][p + 1]
-        self._add_products(rows, out["e"], gz_PC)
-
-    def _scores(self, rows: slice, mode: int, **known: Tensor) -> tuple[Config, dict[str, Tensor]]:
-        """Run the scores kernel on a chunk with the fastest configuration that fits."""
-        problem, q_CD = self.problem, self.q_BD[rows]
-        positive_C = problem.positive_B[rows]
-        ia2_PC = self.ia_PB[:, rows] * self.to_base2
-        self.z_PB[:, rows] = z_PC = self._positive_logits(q_CD, positive_C, ia2_PC)
-        limit_PC = z_PC + (problem.margin or 0.0) * self.to_base2
-        num_rows, num_prefixes = len(q_CD), len(problem.widths)
-        shape = (num_prefixes, num_rows, self.num_columns if mode != STATISTICS else 0)
-        e_PCN = q_CD.new_empty(shape)
-        factors = (self.row_factor_PB[:, rows].contiguous(), self.column_factor_PN)
-        chunk_ids = None if self.ids_B is None else self.ids_B[rows]
-
-        def run(config: Config) -> dict[str, Tensor]:
-            tiles = (
-                triton.cdiv(num_rows, config.rows),
-                triton.cdiv(self.num_columns, config.columns),
-            )
-            by_row = [ia2_PC.new_empty(num_prefixes, num_rows, tiles[1]) for _ in range(3)]
-            by_column = [
-                ia2_PC.new_empty(num_prefixes, tiles[0], 0 if mode == EXP else self.num_columns)
-                for _ in range(3)
-            ]
-            masked_CT = torch.zeros(num_rows, tiles[1], dtype=torch.int32, device=q_CD.device)
-            scores_kernel[(tiles[0] * tiles[1],)](
-                self.widths, q_CD, self.k_ND, e_PCN, ia2_PC, self.ib_PN, z_PC, limit_PC, positive_C,
-                chunk_ids, problem.k_ids_N, problem.owner_N, *by_row, masked_CT, *by_column,
-                known.get("row_lse"), known.get("column_lse"), known.get("positive_g"), *factors,
-                num_prefixes, num_rows, self.num_columns, rows.start,
-                q_CD.stride(0), self.k_ND.stride(0),
-                EVEN=all(w % config.width == 0 for w in problem.widths), MODE=mode,
-                HAS_IDS=problem.k_ids_N is not None, HAS_MARGIN=problem.margin is not None,
-                HAS_OWNERS=problem.owner_N is not None, PRECISION=_precision(q_CD.dtype),
-                num_warps=config.num_warps, num_stages=config.num_stages, **config.constants(),
+    def _gradients(self, gradients: _Gradients, column_lse2_N: Tensor | None) -> None:
+        """Fill or add to both gradients; the rows' statistics too, where no column's are known."""
+        alone = not gradients.dtemperatures
+        h_CN = self.q_BD.new_empty(self.chunk_size, self.stride)
+        dq_CD = self.ia_B.new_empty(self.chunk_size, self.width)
+        in_place = alone and gradients.dk_ND.dtype == torch.float32
+        dk_ND = gradients.dk_ND if in_place else self.ib_N.new_empty(self.k_ND.shape)
+        along_B = torch.empty_like(self.ia_B)
+        for first in range(0, self.num_rows, self.chunk_size):
+            chunk = slice(first, min(first + self.chunk_size, self.num_rows))
+            for rows in self._parts(chunk):
+                s_CN = self._scores(rows)
+                if column_lse2_N is None:
+                    self._statistics(s_CN, rows)
+                self._gradient(s_CN, h_CN[rows.start - first :], rows, column_lse2_N)
+            num_rows, q_CD = chunk.stop - first, self.q_BD[chunk]
+            used_CN = h_CN[:num_rows, : self.num_columns]
+            _product(dq_CD[:num_rows], used_CN, self.k_ND)
+            _product(dk_ND, used_CN.T, q_CD, add=first > 0)
+            self._tangent(
+                dq_CD[:num_rows], q_CD, self.ia_B[chunk], self.powers[0], chunk,
+                gradients.dq_BD[chunk], along_B[chunk], add=not alone,
             )  # fmt: skip
-            names = "top", "sum", "pull", "column_top", "column_sum", "column_pull"
-            return dict(zip(names, by_row + by_column, strict=True), e=e_PCN, masked=masked_CT)
+        everything = slice(0, self.num_columns)
+        self._tangent(
+            dk_ND, self.k_ND, self.ib_N, self.powers[1], everything,
+            gradients.dk_ND, torch.empty_like(self.ib_N), add=not alone,
+        )  # fmt: skip
+        gradients.dtemperatures.append(along_B.sum() * self.scale)
 
-        config = self._config(mode, run)
-        return config, run(config)
+    # -- one launch each ----------------------------------------------------------------------
 
-    def _config(self, mode: int, run: Any) -> Config:
-        """The fastest of the configurations that fit this GPU, measured once for a kind of call."""
-        has_owners = self.problem.owner_N is not None
-        options = candidates(
-            _target(self.q_BD.device),
-            self.q_BD.element_size(),
-            len(self.problem.widths),
-            plain=not has_owners and all(w % WIDEST == 0 for w in self.problem.widths),
-        )
-        width = triton.next_power_of_2(self.problem.widths[-1])
-        key = (self.q_BD.device, self.q_BD.dtype, mode, width, has_owners, options)
-        if key not in _fastest:
-            times = (
-                [triton.testing.do_bench(lambda c=c: run(c), warmup=5, rep=20) for c in options]
-                if len(options) > 1
-                else [0.0]
-            )
-            _fastest[key] = options[times.index(min(times))]
-        return _fastest[key]
+    def _rows_in(self, num_bytes: int, element_size: int, fewest: int) -> int:
+        rows = num_bytes // (element_size * self.stride)
+        return min(self.num_rows, max(fewest, rows - rows % 128 if rows > 128 else rows))
 
-    def _positive_logits(self, q_CD: Tensor, positive_C: Tensor, ia2_PC: Tensor) -> Tensor:
-        product_CD = q_CD.float() * self.k_ND[positive_C].float()
-        widths = self.problem.widths
-        parts = [product_CD[:, a:b].sum(1) for a, b in zip((0, *widths[:-1]), widths, strict=True)]
-        return torch.stack(parts).cumsum(0) * ia2_PC * self.ib_PN[:, positive_C]
+    def _parts(self, chunk: slice) -> Iterator[slice]:
+        for first in range(chunk.start, chunk.stop, self.score_rows):
+            yield slice(first, min(first + self.score_rows, chunk.stop))
 
-    def _row_statistics(self, rows: slice, out: dict[str, Tensor]) -> Tensor:
-        """Keep the chunk's losses and counts; returns the rows' logsumexp in base 2, [P, C]."""
-        negatives_PC = torch.logsumexp(out["top"] * LN2 + out["sum"].log(), 2)
-        z_PC = self.z_PB[:, rows]
-        above_PC = negatives_PC - z_PC * LN2
-        self.loss_PB[:, rows] = loss_PC = torch.logaddexp(above_PC, torch.zeros_like(above_PC))
-        self.num_masked_B[rows] = out["masked"].sum(1)
-        return z_PC + loss_PC * LOG2E
+    def _scores(self, rows: slice) -> Tensor:
+        s_CN = self.s_CN[: rows.stop - rows.start]
+        _product(s_CN[:, : self.num_columns], self.q_BD[rows], self.k_ND.T)
+        return s_CN
 
-    # -- gradients ----------------------------------------------------------------------------
+    def _statistics(self, s_CN: Tensor, rows: slice, by_column: list[Tensor] | None = None) -> None:
+        problem, num_rows = self.problem, len(s_CN)
+        grid = (triton.cdiv(num_rows, BLOCK_C) * self.num_tiles,)
+        statistics_kernel[grid](
+            s_CN, self.ia2_B[rows], self.ib_N, problem.positive_B[rows],
+            None if self.ids_B is None else self.ids_B[rows], problem.k_ids_N, problem.owner_N,
+            None if self.limit_B is None else self.limit_B[rows],
+            *self.partials, self.masked_CT, *(by_column or (None, None)),
+            num_rows, self.num_columns, rows.start, self.stride, **self.masks,
+            HAS_COLUMNS=by_column is not None, BLOCK_C=BLOCK_C, BLOCK_N=BLOCK_N,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+        losses_kernel[(num_rows,)](
+            *self.partials, self.masked_CT, self.z_B[rows], self.loss_B[rows], self.lse2_B[rows],
+            self.positive_g_B[rows], self.num_masked_B[rows], self.num_tiles,
+            HAS_MASKED=self.masked_CT is not None, num_warps=4,
+            BLOCK_T=min(BLOCK_T, triton.next_power_of_2(self.num_tiles)),
+        )  # fmt: skip
 
-    def _add_column_pull(self, gz_PRN: Tensor) -> None:
-        self.c_PN += gz_PRN.sum(1) * self.weights_P1[:-1]
+    def _gradient(
+        self, s_CN: Tensor, h_CN: Tensor, rows: slice, column_lse2_N: Tensor | None
+    ) -> None:
+        problem, num_rows = self.problem, len(s_CN)
+        grid = (triton.cdiv(num_rows, BLOCK_C) * self.num_tiles,)
+        gradient_kernel[grid](
+            s_CN, h_CN, self.ia2_B[rows], self.ib_N, problem.positive_B[rows],
+            None if self.ids_B is None else self.ids_B[rows], problem.k_ids_N, problem.owner_N,
+            None if self.limit_B is None else self.limit_B[rows],
+            self.lse2_B[rows], column_lse2_N, self.positive_g_B[rows],
+            self.row_factor_B[rows], self.column_factor_N,
+            num_rows, self.num_columns, rows.start, self.stride, **self.masks,
+            HAS_COLUMNS=column_lse2_N is not None, BLOCK_C=BLOCK_C, BLOCK_N=BLOCK_N,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
 
-    def _add_products(self, rows: slice, h_PCN: Tensor, gz_PC: Tensor) -> None:
-        """The chunk's gradient of q, whole, and its part of k's."""
-        widths, q_CD = self.problem.widths, self.q_BD[rows]
-        dq_CD = self.ia_PB.new_zeros(len(q_CD), widths[-1])
-        for h_CN, a, b in zip(h_PCN, (0, *widths[:-1]), widths, strict=True):
-            _add_product(dq_CD[:, a:b], h_CN, self.k_ND[:, a:b])
-            _add_product(self.dk_ND[:, a:b], h_CN.T, q_CD[:, a:b])
-        c_PC = gz_PC * self.weights_P1[:-1] * (self.unit / self.to_base2)
-        squares_PC = self.ia_PB[:, rows] ** 2 * self.normed_PB[:, rows]
-        self.total += remove_pull(dq_CD, q_CD, c_PC, squares_PC, widths).sum()
-        dq_CD *= self.scale
-        if self.q_scale_B1 is not None:
-            dq_CD *= self.q_scale_B1[rows]
-        self.dq_BD[rows] = dq_CD
-
-    def _with_gradients(self, done: Evaluation) -> Evaluation:
-        problem, c_PN = self.problem, self.c_PN * (self.unit / self.to_base2)
-        squares_PN = self.ib_PN**2 * self.normed_PN
-        remove_pull(self.dk_ND, self.k_ND, c_PN, squares_PN, problem.widths)
-        if self.k_scale_N1 is not None:
-            self.dk_ND *= self.k_scale_N1
-        return done._replace(
-            dq_BD=problem.at_full_width(self.dq_BD),
-            dk_ND=problem.at_full_width(self.dk_ND.mul_(self.scale)),
-            dtemperature=-self.total * self.scale / problem.temperature,
-        )
-
-
-def _near_one(x_RD: Tensor, inverse_PR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows times a power of two that brings the narrowest prefix's norm between 1/2 and 1, and the
-    widest's to 2^12 at most; their inverse norms; the powers, [R, 1]."""
-    narrow_R, wide_R = (torch.frexp(1 / x).exponent for x in (inverse_PR[0], inverse_PR[-1]))
-    exponent_R = torch.maximum(narrow_R, wide_R - 12)
-    scale_R1 = torch.ldexp(torch.ones_like(inverse_PR[0]), -exponent_R)[:, None]
-    return (x_RD.float() * scale_R1).half(), inverse_PR / scale_R1.T, scale_R1
+    def _tangent(
+        self,
+        raw_RD: Tensor,
+        x_RD: Tensor,
+        inverse_R: Tensor,
+        powers: Tensor | None,
+        rows: slice,
+        out_RD: Tensor,
+        along_R: Tensor,
+        *,
+        add: bool,
+    ) -> None:
+        tangent_kernel[(triton.cdiv(len(raw_RD), BLOCK_R),)](
+            raw_RD, x_RD, inverse_R, None if powers is None else powers[rows], self.scale,
+            out_RD, along_R, len(raw_RD), self.width,
+            raw_RD.stride(0), x_RD.stride(0), out_RD.stride(0),
+            HAS_FACTOR=powers is not None, ADD=add,
+            EPS=EPS, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4,
+        )  # fmt: skip
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b in place, out float32: never rounded to the factors' type in between."""
-    if a.dtype == torch.float32:
-        out.addmm_(a, b)
-    elif a.device.type == "cpu":  # the interpreter's
-        out.addmm_(a.float(), b.float())
+def _inverse_norms(x_RD: Tensor) -> Tensor:
+    inverse_R = x_RD.new_empty(len(x_RD), dtype=torch.float32)
+    inverse_norms_kernel[(triton.cdiv(len(x_RD), BLOCK_R),)](
+        x_RD, inverse_R, *x_RD.shape, x_RD.stride(0),
+        EPS=EPS, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4,
+    )  # fmt: skip
+    return inverse_R
+
+
+def _positive_logits(
+    q_BD: Tensor, k_ND: Tensor, positive_B: Tensor, ia2_B: Tensor, ib_N: Tensor
+) -> Tensor:
+    z_B = torch.empty_like(ia2_B)
+    positives_kernel[(triton.cdiv(len(q_BD), BLOCK_R),)](
+        q_BD, k_ND, positive_B, ia2_B, ib_N, z_B, *q_BD.shape,
+        q_BD.stride(0), k_ND.stride(0), BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4,
+    )  # fmt: skip
+    return z_B
+
+
+def _near_one(x_RD: Tensor, inverse_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows times a power of two that brings the norm between 1/2 and 1; their inverse norms; the
+    powers, [R]."""
+    power_R = torch.ldexp(torch.ones_like(inverse_R), -torch.frexp(1 / inverse_R).exponent)
+    return (x_RD.float() * power_R[:, None]).half(), inverse_R / power_R, power_R
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b, in float32: never rounded to the factors' type in between."""
+    if a.device.type == "cpu":  # the interpreter's
+        a, b = a.float(), b.float()
+    wide: Any = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    if add:
+        torch.addmm(out, a, b, **wide, out=out)
     else:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    # three TF32 products are as exact as float32; AMD's matrix cores multiply float32 themselves
-    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
-
-
-def _target(device: torch.device) -> str:
-    """The nearest of `aot.TARGETS`, or "other": a GPU whose limits were not checked."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "gfx942" if device.type == "cuda" else "other"
-    return f"sm_{''.join(map(str, torch.cuda.get_device_capability(device)))}"
+        torch.mm(a, b, **wide, out=out)

@@ -30,6 +30,9 @@ CSV = ROOT / "benchmarks" / "throughput.csv"
 @click.option("--shape", type=click.Choice(["6x384", "drama-base"]), default="6x384")
 @click.option("--batches", default="128,512", show_default=True, help="Pairs of a step.")
 @click.option("--pairs", type=click.Path(path_type=Path), default=PAIRS, show_default="the demo's")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), show_default="SmolLM2's", help="Its folder."
+)
 @click.option("--max-tokens", default=512, show_default=True, help="Of a document.")
 @click.option("--rounds", default=3, show_default=True, help="Measured steps of every way.")
 @click.option("--ablation/--no-ablation", default=True, help="Also ours without each feature.")
@@ -40,6 +43,7 @@ def main(
     shape: str,
     batches: str,
     pairs: Path,
+    tokenizer: Path | None,
     max_tokens: int,
     rounds: int,
     ablation: bool,
@@ -69,7 +73,9 @@ def main(
             rows = Rows(f"step {shape}", device)
             budgets = [4096, 8192] if device.type == "cpu" else [16384, 65536]
             mini = [32, 64] if device.type == "cpu" else [128, 512]
-            folder, encoder = random_retriever(Path(scratch) / "model", bench.SHAPES[shape])
+            folder, encoder = random_retriever(
+                Path(scratch) / "model", bench.SHAPES[shape], tokenizer
+            )
             whole = bench.read_pairs(encoder, pairs, sizes[-1], 64, max_tokens)
 
             def run(

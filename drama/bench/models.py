@@ -14,16 +14,21 @@ from drama.folder import RetrieverSettings
 from drama.tokenizer import load_tokenizer
 
 
-def random_retriever(folder: Path, shape: dict[str, int]) -> tuple[Path, Encoder]:
-    """Write a bidirectional retriever with SmolLM2's tokenizer; return its folder and itself.
+def random_retriever(
+    folder: Path, shape: dict[str, int], tokenizer_folder: Path | None = None
+) -> tuple[Path, Encoder]:
+    """Write a bidirectional retriever; return its folder and itself.
+
+    tokenizer_folder: a saved tokenizer, or None for SmolLM2's.
 
     Raises:
-        UserError: the package that carries the tokenizer is not installed.
+        UserError: the package that carries SmolLM2's tokenizer is not installed.
     """
-    source = find_llm()
-    gguf = next(source.glob("*.gguf"))
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(folder / "tokenizer")
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    if tokenizer_folder is None:
+        source, tokenizer_folder = find_llm(), folder / "tokenizer"
+        gguf = next(source.glob("*.gguf"))
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     config = EuroBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape["hidden"],

@@ -136,7 +136,7 @@ def ours(way: Ours, folder: Path) -> Iterator[Callable[[RankBatch], float]]:
     encoder.execution = Execution(way.pooled_last_block, way.pooled_norm)
     engine, *_ = deepspeed.initialize(
         model=encoder,
-        optimizer=torch.optim.AdamW(encoder.parameters(), lr=LEARNING_RATE),
+        optimizer=_adamw(encoder),
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 0.0,
@@ -156,6 +156,11 @@ def ours(way: Ours, folder: Path) -> Iterator[Callable[[RankBatch], float]]:
     engine.destroy()
 
 
+def _adamw(module: torch.nn.Module) -> torch.optim.AdamW:
+    on_gpu = torch.cuda.is_available()
+    return torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, fused=on_gpu or None)
+
+
 @contextmanager
 def theirs(
     way: Theirs, folder: Path, device: torch.device
@@ -172,7 +177,7 @@ def theirs(
         mini_batch_size=way.mini_batch,
         mini_batch_num_tokens=way.num_tokens,
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    optimizer = _adamw(model)
 
     def step(batch: RankBatch) -> float:
         split = batch.num_queries

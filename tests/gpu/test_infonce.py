@@ -48,7 +48,9 @@ def test_error_is_at_most_twice_that_of_plain_torch(
     num_prefixes: int,
     rules: dict[str, Any],
 ) -> None:
-    batch = contrastive_batch(*shape, dtype=dtype, device="cuda")
+    # in 768 dimensions others are so far away that 1 - p would be less than float64 resolves
+    cosine = 0.4 if shape[2] == 768 else 0.67
+    batch = contrastive_batch(*shape, cosine=cosine, dtype=dtype, device="cuda")
     wide = (batch.q_BD.double(), batch.k_ND.double(), batch.positive_B)
     for temperature in (0.01, 0.02, 0.05, 0.1):
         options = {"temperature": temperature, "k_ids_N": batch.ids_N, **rules}
@@ -142,14 +144,14 @@ def test_peak_memory_at_65536(backend: str) -> None:
         gradients = q_BD.grad.nbytes + k_BD.grad.nbytes
         return torch.cuda.max_memory_allocated() - before - gradients
 
-    run(1024)  # chooses the configuration, whose timing clears the cache with 256 MiB
+    run(1024)  # what the first call takes for good, such as cuBLAS's workspace
     assert run(rows) < 2**30
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]], ids=["plain sum", "weighted"])
 def test_nothing_waits_for_the_gpu(weights: list[float] | None, rules: dict[str, Any]) -> None:
-    """With a tensor for the temperature, once the configuration is chosen."""
+    """With a tensor for the temperature, once the kernels are compiled."""
     batch = contrastive_batch(300, 500, 96, dtype=torch.bfloat16, device="cuda")
     temperature = torch.tensor(0.05, device="cuda", requires_grad=True)
     leaves = [batch.q_BD.requires_grad_(), batch.k_ND.requires_grad_(), temperature]

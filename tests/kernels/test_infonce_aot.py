@@ -1,4 +1,4 @@
-"""Every block configuration of the InfoNCE kernels, compiled for each target without a GPU."""
+"""The InfoNCE kernels, compiled for each target without a GPU, with every mask and with none."""
 
 from itertools import product
 
@@ -8,107 +8,79 @@ pytest.importorskip("triton")
 aot = pytest.importorskip("drama.kernels.aot")
 kernels = pytest.importorskip("drama.kernels.infonce_kernels")
 
-POINTERS = {
-    "fp32": "ia ib positive_z limit top sum pull column_top column_sum column_pull row_lse "
-    "column_lse positive_g row_factor column_factor",
-    "i64": "positive row_id column_id owner",
-    "i32": "masked widths",
+TYPES = {"positive": "*i64", "row_id": "*i64", "column_id": "*i64", "owner": "*i64"}
+TYPES |= {"num_masked": "*i64", "masked": "*i32"}
+MASKS = ("HAS_IDS", "HAS_OWNERS", "HAS_MARGIN")
+# arguments that are None without the flag
+ABSENT = {
+    "HAS_IDS": ("row_id_ptr", "column_id_ptr"),
+    "HAS_OWNERS": ("owner_ptr",),
+    "HAS_MARGIN": ("limit_ptr",),
+    "HAS_COLUMNS": ("column_top_ptr", "column_sum_ptr", "column_lse_ptr"),
+    "HAS_FACTOR": ("factor_ptr",),
+    "HAS_MASKED": ("masked_ptr",),
 }
+TILE = {"BLOCK_C": kernels.BLOCK_C, "BLOCK_N": kernels.BLOCK_N}
+ROWS = {"BLOCK_R": kernels.BLOCK_R, "BLOCK_D": kernels.BLOCK_D}
 
 
-MODES = (kernels.EXP, kernels.STATISTICS, kernels.GRADIENT)
-
-
-def signature(kernel, element: str) -> dict[str, str]:
-    types = {
-        f"{name}_ptr": f"*{type_}" for type_, names in POINTERS.items() for name in names.split()
+def report(kernel, target, constants, num_warps, *, vectors="*bf16", gradient="*bf16"):
+    """vectors, gradient: types of q, k and x, and of h and out."""
+    types = {f"{name}_ptr": type_ for name, type_ in TYPES.items()}
+    types |= dict.fromkeys(("q_ptr", "k_ptr", "x_ptr"), vectors)
+    types |= dict.fromkeys(("h_ptr", "out_ptr"), gradient)
+    signature = {
+        name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if not name.isupper()
     }
-    types |= {f"{name}_ptr": f"*{element}" for name in "qke"}
-    return {name: types.get(name, "i32") for name in kernel.arg_names if not name.isupper()}
-
-
-def scores_report(config, target, element, num_prefixes, precision, mode, *, owners, even):
-    """With ids and margin, which take registers too."""
-    types = signature(kernels.scores_kernel, element)
-    constants = {"EVEN": even, "HAS_IDS": True, "HAS_MARGIN": True, "HAS_OWNERS": owners}
-    if num_prefixes == 1:  # Triton makes a constant of a 1
-        del types["num_prefixes"]
-        constants["num_prefixes"] = 1
+    constants = dict(constants)
+    for flag, names in ABSENT.items():
+        if not constants.get(flag, True):
+            for name in set(names) & set(signature):
+                del signature[name]
+                constants[name] = None
+    strides = [name for name in signature if name.endswith("stride")]
     return aot.compile_report(
-        kernels.scores_kernel,
-        types,
-        constants | config.constants() | {"MODE": mode, "PRECISION": precision},
-        target,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        aligned=("q_stride", "k_stride"),
+        kernel, signature, constants, target, num_warps=num_warps, num_stages=3, aligned=strides
     )
 
 
-# what a call has: owners of columns, and prefixes that are multiples of a block's width
-PLAIN = [(False, True)]
-EVERY = [(owners, even) for owners in (False, True) for even in (False, True)]
+def check_tiles(target, element, masks, columns):
+    """A mask by ids counts masked columns too, which only some calls do."""
+    flags = dict.fromkeys(MASKS, masks) | {"HAS_COLUMNS": columns}
+    for kernel in (kernels.statistics_kernel, kernels.gradient_kernel):
+        found = report(kernel, target, flags | TILE, kernels.NUM_WARPS, gradient=element)
+        assert found.fits, (kernel, flags, found.registers, found.spilled)
 
 
-def check(config, target, element, num_prefixes, mode, *, owners, even):
-    """No spills, shared memory within the limit, and tensor-core instructions of the target."""
-    precision = "tf32x3" if element == "fp32" and target.startswith("sm") else "ieee"
-    report = scores_report(
-        config, target, element, num_prefixes, precision, mode, owners=owners, even=even
-    )
-    what = (config, mode, owners, even, report.registers, report.spilled)
-    assert report.fits, what
-    if target == "sm_90" and config.rows >= 64:
-        assert "wgmma" in report.assembly, what
-    if target == "sm_100" and config.rows >= 64:
-        assert "tcgen05" in report.assembly, what
-    if target == "gfx942":
-        assert "v_mfma" in report.assembly, what
-
-
-def check_finish(config, target, element, num_prefixes):
-    report = aot.compile_report(
-        kernels.finish_kernel,
-        signature(kernels.finish_kernel, element),
-        {"P": num_prefixes, "BLOCK_C": kernels.FINISH_ROWS, "BLOCK_N": config.columns},
-        target,
-        num_warps=8,
-        num_stages=2,
-    )
-    assert report.fits, (config, report.registers, report.spilled)
-
-
-@pytest.mark.parametrize("num_prefixes", [1, 5])
-@pytest.mark.parametrize(
-    ("target", "element"), [*((target, "bf16") for target in aot.TARGETS), ("sm_90", "fp32")]
-)
-def test_the_first_choice_fits(target, element, num_prefixes):
-    """Of plain calls, and of those with everything."""
-    size = 4 if element == "fp32" else 2
-    for plain in (True, False):
-        config = kernels.candidates(target, size, num_prefixes, plain=plain)[0]
-        call = (config, target, element, num_prefixes)
-        check(*call, kernels.EXP, owners=not plain, even=plain)
-    check_finish(*call)
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_tiles_of_scores_fit(target):
+    for masks, columns in product((False, True), repeat=2):
+        check_tiles(target, "*bf16", masks, columns)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "every"])
-@pytest.mark.parametrize("num_prefixes", [1, 5])
-@pytest.mark.parametrize("element", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("element", ["*fp16", "*fp32"])
 @pytest.mark.parametrize("target", aot.TARGETS)
-def test_every_configuration_in_use_fits(target, element, num_prefixes, plain):
-    size = 4 if element == "fp32" else 2
-    for config in kernels.candidates(target, size, num_prefixes, plain=plain):
-        call = (config, target, element, num_prefixes)
-        for (owners, even), mode in product(PLAIN if plain else EVERY, MODES):
-            check(*call, mode, owners=owners, even=even)
-        check_finish(*call)
+def test_tiles_of_other_types_fit(target, element):
+    for masks, columns in product((False, True), repeat=2):
+        check_tiles(target, element, masks, columns)
 
 
-def test_a_gpu_that_was_not_checked_gets_the_smallest_blocks():
-    smallest = kernels.candidates("sm_86", 2, 1, plain=True)
-    assert len(smallest) == 1
-    for target in aot.TARGETS:
-        for other in kernels.candidates(target, 2, 1, plain=True):
-            assert smallest[0].rows * smallest[0].columns <= other.rows * other.columns
+@pytest.mark.parametrize("vectors", ["*bf16", "*fp16", "*fp32"])
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_kernels_over_rows_fit(target, vectors):
+    eps = ROWS | {"EPS": 1e-12}
+    calls = [
+        (kernels.losses_kernel, {"HAS_MASKED": True, "BLOCK_T": kernels.BLOCK_T}),
+        (kernels.inverse_norms_kernel, eps),
+        (kernels.positives_kernel, ROWS),
+        (kernels.tangent_kernel, eps | {"HAS_FACTOR": False, "ADD": False}),
+        (kernels.tangent_kernel, eps | {"HAS_FACTOR": True, "ADD": True}),
+    ]
+    for kernel, constants in calls:
+        # what is added to is float32, and so is what comes of fp16
+        gradient = "*fp32" if constants.get("ADD") or vectors == "*fp16" else vectors
+        found = report(kernel, target, constants, 4, vectors=vectors, gradient=gradient)
+        assert found.fits, (kernel, constants, found.registers, found.spilled)

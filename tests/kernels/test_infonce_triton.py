@@ -26,8 +26,10 @@ def kernels(interpreted, monkeypatch):
 def test_error_is_at_most_twice_that_of_plain_torch(kernels, monkeypatch, dtype, prefixes, rules):
     """Rows, columns and widths that fill no tile; several chunks; every rule."""
     batch = contrastive_batch(100, 150, 77, dtype=dtype)
-    per_row = batch.q_BD.element_size() * 150 * len(prefixes)
-    monkeypatch.setattr(kernels, "WORK_BYTES", 70 * per_row)
+    per_row = batch.q_BD.element_size() * 160
+    monkeypatch.setattr(kernels, "GRADIENT_BYTES", 70 * per_row)
+    monkeypatch.setattr(kernels, "SCORE_BYTES", 32 * 4 * 160)
+    monkeypatch.setattr(kernels, "FEWEST_ROWS", 1)
     for temperature in (0.01, 0.05):
         options = {"temperature": temperature, "prefixes": prefixes, "k_ids_N": batch.ids_N}
         options |= {"prefix_weights": [0.5, 1.0, 2.0][: len(prefixes)], **rules}
