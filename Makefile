@@ -39,10 +39,12 @@ test: setup  ## the tests, without the slow ones
 test-all: setup  ## every test
 	$(TESTS)
 
-bench: setup  ## time kernels, step, data, pruning, recovery, augmentation here: some hours on two cores
+bench: setup  ## time kernels, step, encoding, latency, data, pruning, recovery, augmentation: some hours on two cores
 	$(BIN)/python launchers/bench_kernels.py
 	$(BIN)/python launchers/bench_throughput.py --memory
 	$(BIN)/python launchers/bench_throughput.py
+	$(BIN)/python launchers/bench_throughput.py --encode
+	$(BIN)/python launchers/bench_latency.py
 	$(BIN)/python launchers/bench_data.py
 	$(BIN)/python launchers/bench_pruning.py --rows 2
 	$(BIN)/python launchers/bench_recovery.py

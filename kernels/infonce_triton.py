@@ -3,7 +3,7 @@
 One prefix after the other, the widest first. A chunk of rows at a time:
 
     1. S = q k^T in float32, some rows of the chunk at a time, so that S stays in the L2 cache
-    2. `statistics_kernel`, `losses_kernel`: logsumexp and loss of its rows, masks compared on the way
+    2. `statistics_kernel`, `losses_kernel`: its rows' logsumexp and loss; masks are comparisons
     3. `gradient_kernel`: H = G ia ib in the vectors' dtype, G the gradient over the logits
     4. dq = H k and dk += H^T q for the whole chunk, in float32
     5. `tangent_kernel`: what normalising takes out of a gradient, the scale, and the final dtype

@@ -1,13 +1,16 @@
-"""Measure the training step beside sentence-transformers' cached loss, on whatever is here.
+"""Measure the training step beside sentence-transformers' cached loss, on whatever is here; with
+--encode a corpus in place of it, and the types of index.
 
     python launchers/bench_throughput.py                            # 6x384; half an hour on a CPU
     python launchers/bench_throughput.py --shape drama-base --batches 128
     python launchers/bench_throughput.py --memory                   # bytes a token, seconds
     python launchers/bench_throughput.py --quick                    # every way once: a minute
+    python launchers/bench_throughput.py --encode                   # texts to vectors, and search
+    python launchers/bench_throughput.py --encode --quick
 
 First both sweep their chunk size at the smallest batch; then the best of each runs at every batch,
 and ours with each feature off at the smallest. Rows go to benchmarks/throughput.csv as they are
-measured.
+measured, those of --encode to benchmarks/encode.csv.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from drama.errors import exit_on_user_error
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = ROOT / "data" / "demo" / "pairs.jsonl.xz"
 CSV = ROOT / "benchmarks" / "throughput.csv"
+ENCODE_CSV = ROOT / "benchmarks" / "encode.csv"
 
 
 @click.command(help=help_text(__doc__))
@@ -38,7 +42,11 @@ CSV = ROOT / "benchmarks" / "throughput.csv"
 @click.option("--ablation/--no-ablation", default=True, help="Also ours without each feature.")
 @click.option("--quick", is_flag=True, help="16 pairs once; prints, does not write.")
 @click.option("--memory", is_flag=True, help="Only count what graphs of the paper's sizes take.")
-@click.option("--out", type=click.Path(path_type=Path), default=CSV, show_default="throughput.csv")
+@click.option("--encode", is_flag=True, help="Measure encoding and search; no training.")
+@click.option("--seconds", default=60.0, show_default=True, help="Time for a case of --encode.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), show_default="throughput.csv, encode.csv", help="CSV."
+)
 def main(
     shape: str,
     batches: str,
@@ -49,17 +57,24 @@ def main(
     ablation: bool,
     quick: bool,
     memory: bool,
-    out: Path,
+    encode: bool,
+    seconds: float,
+    out: Path | None,
 ) -> None:
     """Sweep, then compare at every batch."""
     with exit_on_user_error("bench_throughput"):
         quiet_libraries()
+        if encode:
+            target = out if out or quick else ENCODE_CSV
+            _encode("tiny" if quick else shape, pairs, 0.0 if quick else seconds, target)
+            return
         from drama.bench import graphs
         from drama.bench import throughput as bench
-        from drama.bench.models import random_retriever
+        from drama.bench.models import SHAPES, random_retriever
         from drama.bench.rows import Rows
         from drama.distributed import Ranks
 
+        out = out or CSV
         sizes = [16] if quick else sorted(int(size) for size in batches.split(","))
         if quick:
             rounds, max_tokens = 1, 64
@@ -73,9 +88,7 @@ def main(
             rows = Rows(f"step {shape}", device)
             budgets = [4096, 8192] if device.type == "cpu" else [16384, 65536]
             mini = [32, 64] if device.type == "cpu" else [128, 512]
-            folder, encoder = random_retriever(
-                Path(scratch) / "model", bench.SHAPES[shape], tokenizer
-            )
+            folder, encoder = random_retriever(Path(scratch) / "model", SHAPES[shape], tokenizer)
             whole = bench.read_pairs(encoder, pairs, sizes[-1], 64, max_tokens)
 
             def run(
@@ -107,6 +120,36 @@ def main(
                 console.print(f"[bold]{size} pairs: {ratio:.2f} times theirs[/]", highlight=False)
             if ablation:
                 run([ours, *bench.ablation(ours)], sizes[0], rounds, "ablation")
+
+
+def _encode(shape: str, pairs: Path, seconds: float, out: Path | None) -> None:
+    """Texts to vectors in every way that is here, then the index types."""
+    import torch
+
+    from drama.bench import encoding, indexing
+    from drama.bench.models import SHAPES, random_retriever
+    from drama.bench.retrievers import graphs_for
+    from drama.bench.rows import Rows
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows, index_rows = Rows(f"encode {shape}", device), Rows("index", torch.device("cpu"))
+
+    def note(line: str) -> None:
+        console.print(line, highlight=False)
+
+    def save() -> None:
+        if out:
+            rows.write(out)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, _ = random_retriever(Path(scratch), SHAPES[shape], graphs_for(device))
+        size = encoding.size_for(device, quick=shape == "tiny")
+        encoding.run(folder, pairs, device, rows, size=size, seconds=seconds, note=note, save=save)
+    indexing.measure(
+        size.documents, SHAPES[shape]["hidden"], index_rows, seconds=seconds, note=note
+    )
+    if out:
+        index_rows.write(out)
 
 
 if __name__ == "__main__":

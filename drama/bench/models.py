@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoTokenizer, EuroBertConfig, EuroBertModel
@@ -13,13 +14,24 @@ from drama.export import export
 from drama.folder import RetrieverSettings
 from drama.tokenizer import load_tokenizer
 
+SHAPES = {
+    "tiny": {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 128},  # for dry runs
+    "6x384": {"layers": 6, "hidden": 384, "heads": 6, "kv_heads": 2, "ffn": 1536},
+    "drama-base": {"layers": 12, "hidden": 768, "heads": 12, "kv_heads": 3, "ffn": 3072},
+}
+
 
 def random_retriever(
-    folder: Path, shape: dict[str, int], tokenizer_folder: Path | None = None
+    folder: Path,
+    shape: dict[str, int],
+    tokenizer_folder: Path | None = None,
+    onnx: Literal["float32", "int8"] | None = None,
 ) -> tuple[Path, Encoder]:
     """Write a bidirectional retriever; return its folder and itself.
 
     tokenizer_folder: a saved tokenizer, or None for SmolLM2's.
+
+    onnx: its graphs too, see `drama.export.export`.
 
     Raises:
         UserError: the package that carries SmolLM2's tokenizer is not installed.
@@ -42,6 +54,8 @@ def random_retriever(
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(0)
-    encoder = Encoder(EuroBertModel(config), tokenizer, RetrieverSettings(query_prefix=""))
-    out = export(encoder, folder / "retriever")
+    encoder = Encoder(
+        EuroBertModel(config), tokenizer, RetrieverSettings(query_prefix="", max_tokens=8192)
+    )
+    out = export(encoder, folder / "retriever", onnx=onnx)
     return out, Encoder.from_pretrained(out)

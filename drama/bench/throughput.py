@@ -40,10 +40,6 @@ from drama.metrics import forward_flops, peak_flops
 TEMPERATURE = 0.05
 LEARNING_RATE = 0.0  # AdamW does all its work, and every step sees the same weights
 LOSS_GATE = 0.02  # relative; bf16 states, another order of the same sums
-SHAPES = {
-    "6x384": {"layers": 6, "hidden": 384, "heads": 6, "kv_heads": 2, "ffn": 1536},
-    "drama-base": {"layers": 12, "hidden": 768, "heads": 12, "kv_heads": 3, "ffn": 3072},
-}
 
 
 @dataclass(frozen=True)
