@@ -23,6 +23,7 @@ from drama.errors import UserError
 from drama.folder import Attention, RetrieverSettings, longest_text, read_config, read_settings
 from drama.hf import exact_rotary
 from drama.kernels.pool import PooledNorm, pool_last, pool_mean
+from drama.prepacked import PrepackedBlocks, can_prepack
 from drama.tokenizer import Kind, TextEncoder, load_tokenizer
 
 LEAST_ROWS = 32  # of a matrix product on the CPU, see `Encoder.embed`
@@ -41,6 +42,7 @@ class Encoder(nn.Module):
         self.tokenizer = tokenizer
         self.settings = settings
         self.execution = Execution()
+        self.prepacked: PrepackedBlocks | None = None
         self.text_encoder = TextEncoder(tokenizer, settings.query_prefix, settings.document_prefix)
         # transformers >= 5.2 reads this key in Llama-like models; EuroBERT is never causal
         backbone.config.is_causal = settings.attention == "causal"
@@ -149,6 +151,13 @@ class Encoder(nn.Module):
 
         [T, D], or with `last_token_only` the last token of every sequence, [B, D].
         """
+        if self.prepacked is not None:
+            return self.prepacked(
+                self.backbone,
+                batch,
+                causal=self.settings.attention == "causal",
+                last_token_only=last_token_only,
+            )
         return run_blocks(
             self.backbone,
             batch,
@@ -157,8 +166,18 @@ class Encoder(nn.Module):
             recompute=self.execution.recompute_blocks,
         )
 
+    def prepack(self) -> None:
+        """Lay the blocks out for inference on this CPU, see `drama.prepacked`; where that is not
+        possible (GPU, another type than float32, no oneDNN) nothing is done.
+
+        The weights move: the encoder can no longer be trained, exported, moved or cast.
+        """
+        if self.prepacked is None and can_prepack(self.backbone):
+            self.prepacked = PrepackedBlocks(self.backbone.requires_grad_(False))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
         """Move or cast as usual, but keep the rotary frequencies in float32."""
+        assert self.prepacked is None, "prepacked weights cannot be moved"
         with exact_rotary(self.backbone.rotary_emb):
             super()._apply(fn, recurse)
         return self
@@ -184,7 +203,8 @@ class Encoder(nn.Module):
 
         Rows are sorted by length, packed and run in chunks of about `token_budget` tokens. On a CPU
         a vector's bits do not depend on the chunk: products of few rows, whose sums run in another
-        order, are filled up with texts of one token. They may depend on the number of threads.
+        order, are filled up with texts of one token. They may depend on the number of threads,
+        unless the blocks are prepacked, which need no filling either.
 
         Raises:
             UserError: `dim` is wider than the model, or a row longer than its sliding window.
@@ -198,7 +218,8 @@ class Encoder(nn.Module):
         most = max(map(len, token_rows))
         if most > self.longest and self.longest < self.backbone.config.max_position_embeddings:
             raise UserError(f"{most} tokens go beyond the sliding window of {self.longest}")
-        least = LEAST_ROWS if self.device.type == "cpu" else 0
+        fill = self.device.type == "cpu" and self.prepacked is None
+        least = LEAST_ROWS if fill else 0
         order = sorted(range(len(token_rows)), key=lambda i: len(token_rows[i]))
         lengths = [len(token_rows[i]) for i in order]
         for chunk in even_chunks(lengths, count_chunks(lengths, token_budget)):

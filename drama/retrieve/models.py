@@ -28,6 +28,7 @@ from drama.tokenizer import Kind
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKEN_BUDGET = 8192
+FEW_TOKENS = 1024  # on a CPU so many are not shared out: every share would read all weights
 
 Encode = Callable[[Sequence[str], Kind], np.ndarray]
 
@@ -150,13 +151,15 @@ def open_model(
     if _is_ours(Path(folder)):
         default = torch.bfloat16 if device.type == "cuda" else torch.float32
         encoder = Encoder.from_pretrained(folder, dtype=dtype or default, device=device)
+        encoder.prepack()
         return OurModel(encoder, folder)
     return OtherModel(folder, dtype, device)
 
 
 class OurModel(Model):
-    """Texts are packed; on a CPU chunks run side by side, each on one thread, so that the bits of a
-    vector depend neither on the number of threads nor on the chunk it comes in."""
+    """Texts are packed. On a CPU chunks run side by side, each on one thread; a few texts take all
+    threads where the weights are prepacked. The bits of a vector depend neither on the number of
+    threads nor on the chunk it comes in."""
 
     unit = "tokens"
 
@@ -178,7 +181,8 @@ class OurModel(Model):
         dim: int,
         token_budget: int,
     ) -> np.ndarray:
-        if self.encoder.device.type != "cpu":
+        few = sum(map(len, prepared)) <= FEW_TOKENS and self.encoder.prepacked is not None
+        if few or self.encoder.device.type != "cpu":
             return self.encoder.embed(prepared, dim=dim, token_budget=token_budget)
         order = sorted(range(len(prepared)), key=lambda i: len(prepared[i]))
         lengths = [len(prepared[i]) for i in order]

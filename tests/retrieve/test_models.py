@@ -74,31 +74,43 @@ def test_a_folder_of_sentence_transformers_gives_its_own_vectors(other):
     assert opened.count_tokens("abc") == len(theirs.tokenizer("text: abc")["input_ids"])
 
 
-def test_bits_depend_neither_on_threads_nor_on_the_batch(tmp_path):
-    """On one CPU. Grouped heads, both poolings, texts of very different lengths."""
+@pytest.mark.parametrize("prepack", [False, True], ids=["plain", "prepacked"])
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_bits_depend_neither_on_threads_nor_on_the_batch(tmp_path, pooling, prepack):
+    """On one CPU. Grouped heads, both poolings, texts of very different lengths, one token among
+    them; all together in any budget, and some alone."""
     folder = tiny_llama(
         tmp_path / "m", hidden_size=512, num_attention_heads=8, intermediate_size=2048,
         num_hidden_layers=1, initializer_range=0.05,
     )  # fmt: skip
-    texts = [*TEXTS, *("moon " * (1 + n % 9) for n in range(14))]
+    texts = [*TEXTS, *("moon " * (1 + n % 9) for n in range(14)), "long " * 60]
+    encoder = Encoder.from_pretrained(folder, settings=RetrieverSettings(pooling=pooling))
+    if prepack:
+        encoder.prepack()
+        if encoder.prepacked is None:
+            pytest.skip("no oneDNN for x86")
+    opened, found = OurModel(encoder, folder), {}
     threads = torch.get_num_threads()
-    for pooling in ("last", "mean"):
-        encoder = Encoder.from_pretrained(folder, settings=RetrieverSettings(pooling=pooling))
-        opened, found = OurModel(encoder, folder), {}
-        try:
-            for number in (1, 2, 3):
-                torch.set_num_threads(number)
-                for budget in (1, 200, 100_000):
-                    vectors = opened.encode(texts, "document", token_budget=budget)
-                    found[number, budget] = vectors
-                assert torch.get_num_threads() == number
-        finally:
-            torch.set_num_threads(threads)
-        first = found[1, 1]
-        for vectors in found.values():
-            assert np.abs(vectors - first).max() < 1e-6  # what any library may promise
-            if torch.backends.mkl.is_available():
-                np.testing.assert_array_equal(vectors, first)
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            for budget in (1, 200, 100_000):
+                found[number, budget] = opened.encode(texts, "document", token_budget=budget)
+            assert torch.get_num_threads() == number
+            some = [0, 2, 3, 5, len(texts) - 1]
+            alone = np.concatenate([opened.encode([texts[i]], "document") for i in some])
+            found[number, "alone"] = found[number, 1].copy()
+            found[number, "alone"][some] = alone
+            if prepack:  # all threads in every operation, whatever the number of texts
+                rows = encoder.tokenize(texts, "document")
+                found[number, "shared"] = encoder.embed(rows, token_budget=100_000)
+    finally:
+        torch.set_num_threads(threads)
+    first = found[1, 1]
+    for vectors in found.values():
+        assert np.abs(vectors - first).max() < 1e-6  # what any library may promise
+        if torch.backends.mkl.is_available():
+            np.testing.assert_array_equal(vectors, first)
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 3e-2), ("fp16", 4e-3), ("fp32", 1e-6)])
