@@ -47,7 +47,9 @@ from drama.kernels.saved_gradients import saved_dtype, scaled
 
 Backend = Literal["auto", "triton", "torch", "plain", "reference"]
 BACKENDS = ("auto", "triton", "torch", "plain", "reference")
-PLAIN_ELEMENTS = 2**18  # up to so many logits the plain matrix is faster (benchmarks/kernels.csv)
+# up to so many logits the plain matrix is faster (benchmarks/kernels.csv); on a GPU launching is
+# what takes the time
+PLAIN_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -160,7 +162,7 @@ def choose_backend(backend: Backend, q_BD: Tensor, num_columns: int) -> str:
         raise ValueError("backend 'triton' takes no float64; use 'torch'")
     if backend != "auto":
         return backend
-    if len(q_BD) * num_columns <= PLAIN_ELEMENTS:
+    if len(q_BD) * num_columns <= PLAIN_ELEMENTS.get(q_BD.device.type, 0):
         return "plain"
     on_gpu = q_BD.device.type == "cuda" and q_BD.dtype != torch.float64
     return "triton" if on_gpu and HAS_TRITON else "torch"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK_C, BLOCK_N, NUM_WARPS = 16, 256, 8  # of a tile of scores
+BLOCK_C, BLOCK_N, NUM_WARPS = 16, 256, 4  # of a tile of scores
 BLOCK_R, BLOCK_D = 8, 128  # of a block of vectors
 BLOCK_T = 1024  # of a row's partial sums
 

@@ -2,7 +2,7 @@
 
 One prefix after the other, the widest first. A chunk of rows at a time:
 
-    1. S = q k^T in float32, some rows of the chunk at a time, so that S stays in the L2 cache
+    1. S = q k^T in float32, some rows of the chunk at a time
     2. `statistics_kernel`, `losses_kernel`: its rows' logsumexp and loss; masks are comparisons
     3. `gradient_kernel`: H = G ia ib in the vectors' dtype, G the gradient over the logits
     4. dq = H k and dk += H^T q for the whole chunk, in float32
@@ -56,7 +56,7 @@ from drama.kernels.infonce_kernels import (
 from drama.kernels.infonce_problem import EPS, Evaluation, Problem, column_targets
 
 GRADIENT_BYTES = 2**29  # of H
-SCORE_BYTES = 2**26  # of S
+SCORE_BYTES = 2**28  # of S; less would stay in the L2 cache, but launching would take longer
 FEWEST_ROWS = 128  # of S: fewer, and the product does not fill the GPU
 FP16_UNIT = 1 / 32  # a norm near 1 counts as 32: H up to 2^12, and small entries keep their digits
 FP16_MOST = 255.0  # of a factor, so that two of them stay finite: a vector of next to no length

@@ -29,6 +29,9 @@ CSV = ROOT / "benchmarks" / "latency.csv"
 @click.option("--batches", default="1,8,32", show_default=True, help="Texts at once.")
 @click.option("--lengths", default="8,32,128,512", show_default=True, help="Tokens of each.")
 @click.option("--pairs", type=click.Path(path_type=Path), default=PAIRS, show_default="the demo's")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), show_default="SmolLM2's", help="Its folder."
+)
 @click.option("--seconds", default=10.0, show_default=True, help="Time for one case's rounds.")
 @click.option("--rounds", default=200, show_default=True, help="At most, of one case.")
 @click.option("--quick", is_flag=True, help="A tiny model; writes only where --out says so.")
@@ -40,6 +43,7 @@ def main(
     batches: str,
     lengths: str,
     pairs: Path,
+    tokenizer: Path | None,
     seconds: float,
     rounds: int,
     quick: bool,
@@ -59,7 +63,9 @@ def main(
         name = "tiny" if quick else shape
         rows, target = Rows(f"latency {name}", device), out if out or quick else CSV
         with tempfile.TemporaryDirectory() as scratch:
-            folder, _ = random_retriever(Path(scratch), SHAPES[name], graphs_for(device))
+            folder, _ = random_retriever(
+                Path(scratch), SHAPES[name], tokenizer, onnx=graphs_for(device)
+            )
             measure(
                 folder,
                 pairs,

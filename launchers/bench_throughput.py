@@ -66,7 +66,7 @@ def main(
         quiet_libraries()
         if encode:
             target = out if out or quick else ENCODE_CSV
-            _encode("tiny" if quick else shape, pairs, 0.0 if quick else seconds, target)
+            _encode("tiny" if quick else shape, pairs, tokenizer, 0.0 if quick else seconds, target)
             return
         from drama.bench import graphs
         from drama.bench import throughput as bench
@@ -122,7 +122,9 @@ def main(
                 run([ours, *bench.ablation(ours)], sizes[0], rounds, "ablation")
 
 
-def _encode(shape: str, pairs: Path, seconds: float, out: Path | None) -> None:
+def _encode(
+    shape: str, pairs: Path, tokenizer: Path | None, seconds: float, out: Path | None
+) -> None:
     """Texts to vectors in every way that is here, then the index types."""
     import torch
 
@@ -142,7 +144,9 @@ def _encode(shape: str, pairs: Path, seconds: float, out: Path | None) -> None:
             rows.write(out)
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder, _ = random_retriever(Path(scratch), SHAPES[shape], graphs_for(device))
+        folder, _ = random_retriever(
+            Path(scratch), SHAPES[shape], tokenizer, onnx=graphs_for(device)
+        )
         size = encoding.size_for(device, quick=shape == "tiny")
         encoding.run(folder, pairs, device, rows, size=size, seconds=seconds, note=note, save=save)
     indexing.measure(

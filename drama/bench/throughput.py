@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from drama import fusion
 from drama.bench.rows import Rows
 from drama.blocks import Execution
 from drama.data.batches import RankBatch
@@ -52,6 +53,7 @@ class Ours:
     keep_graphs: Any = "auto"
     reduction: Any = "step"
     packed: bool = True
+    liger: bool = True  # on a GPU that has it
 
     def __str__(self) -> str:
         changed = [f"{k}={v}" for k, v in asdict(self).items() if v != getattr(Ours, k)]
@@ -130,6 +132,9 @@ def ours(way: Ours, folder: Path) -> Iterator[Callable[[RankBatch], float]]:
     kind = Encoder if way.packed else PaddedEncoder
     encoder = kind.from_pretrained(folder).train()
     encoder.execution = Execution(way.pooled_last_block, way.pooled_norm)
+    on_gpu = torch.cuda.is_available()
+    if way.liger and on_gpu and fusion.has_liger():
+        fusion.use_liger(encoder.backbone, "cuda")
     engine, *_ = deepspeed.initialize(
         model=encoder,
         optimizer=_adamw(encoder),
@@ -298,10 +303,12 @@ def fastest(speeds: dict[str, float], ways: Sequence[W]) -> W:
 
 def ablation(whole: Ours) -> list[Ours]:
     """`whole` without each of its features in turn."""
+    fused = torch.cuda.is_available() and fusion.has_liger()
     return [
         replace(whole, packed=False),
         replace(whole, pooled_last_block=False),
         replace(whole, pooled_norm=False),
         replace(whole, keep_graphs=0),
         replace(whole, reduction="chunk"),
+        *([replace(whole, liger=False)] if fused else []),
     ]
