@@ -77,9 +77,10 @@ def measure(
             runs[f"{type}|{effort}"] = search
     times = interleaved(runs, torch.device("cpu"), seconds=seconds)  # type: ignore[arg-type]
     for key, spans in times.items():
-        type, effort = key.split("|")
-        found = recall[type, float(effort)]
-        config = {"effort": float(effort), "queries at once": QUERIES, "recall@10": round(found, 4)}
+        type, asked = key.split("|")
+        effort = float(asked)
+        found = recall[type, effort]
+        config = {"effort": effort, "queries at once": QUERIES, "recall@10": round(found, 4)}
         rate = [QUERIES / span for span in spans]
         at = f"{x}, effort {effort}"
         rows.add(type, "search", "queries/s", at, rate, config)

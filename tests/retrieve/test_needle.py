@@ -230,7 +230,7 @@ def test_bad_input(text, model, tmp_path):
             find_needles(model, [text], **options)
     broken = open_model(model)
     with torch.no_grad():
-        broken.encoder.backbone.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+        broken.encoder.backbone.embed_tokens.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="gives a vector with NaN; the weights are broken"):
         find_needles(broken, [text], lengths=[128])
     with pytest.raises(UserError, match="the text is too short for 50 tokens"):
