@@ -11,6 +11,7 @@ from drama.checkpoint import whole_checkpoints
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.export import export
+from drama.hf import check_sums
 
 
 def average_checkpoints(run: str | Path, last: int, out: str | Path) -> list[int]:
@@ -19,7 +20,7 @@ def average_checkpoints(run: str | Path, last: int, out: str | Path) -> list[int
     Summed in float64, one checkpoint in memory at a time.
 
     Raises:
-        UserError: fewer whole checkpoints than asked for.
+        UserError: fewer whole checkpoints than asked for, or a model in one that is damaged.
     """
     found = whole_checkpoints(Path(run) / "checkpoints")[-last:]
     if len(found) < last:
@@ -29,6 +30,7 @@ def average_checkpoints(run: str | Path, last: int, out: str | Path) -> list[int
         )
     total: dict[str, torch.Tensor] = {}
     for folder in found:
+        check_sums(folder / "model")
         for name, weight in load_file(folder / "model" / "model.safetensors").items():
             total[name] = total[name] + weight if name in total else weight.double()
     mean = {name: (weight / last).float() for name, weight in total.items()}

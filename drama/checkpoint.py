@@ -1,7 +1,7 @@
 """Checkpoints of a run: whole or not there, and only loadable into the run they came from.
 
-    RUN/checkpoints/step-N/state.json    step, world size, hashes of what was trained on, size and
-                                         SHA-256 of every file; written last
+    RUN/checkpoints/step-N/state.json    step, world size, recipe, hashes of what was trained on,
+                                         size and SHA-256 of every file; written last
                            zero/         DeepSpeed's shards: weights, optimizer, schedule
                            model/        the retriever at this step, ready to use
 
@@ -17,11 +17,10 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -34,12 +33,13 @@ from torch import Tensor
 
 from drama.console import console
 from drama.errors import UserError
+from drama.files import sha256_of
 from drama.full_disk import FullDisk
 from drama.reshard import Read, resharding
-from drama.settings import Optimization
+from drama.settings import Optimization, Settings, check_same_run
 
+AnySettings = TypeVar("AnySettings", bound=Settings)
 STATE = "state.json"
-HASHING_THREADS = 8  # files at a time: a disk gives more than one thread can hash
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def save(
     folder: Path,
     step: int,
     *,
+    recipe: Settings,
     inputs: dict[str, Any],
     extra: dict[str, Any],
     keep: Keep,
@@ -95,8 +96,9 @@ def save(
 ) -> None:
     """Write `folder/step-N`; every rank must call it.
 
-    `inputs` says what the run reads (hashes), for `load` to compare; `extra` is kept as it is,
-    plain values. `write_model(path)` is called on every rank and writes the retriever on rank 0.
+    The settled `recipe` and `inputs`, which says what the run reads (hashes), are for `load` to
+    compare; `extra` is kept as it is, plain values. `write_model(path)` is called on every rank
+    and writes the retriever on rank 0.
     After the new one is whole others are removed: those of later steps, which a run that went on
     from an earlier one has left behind, and those that `keep` does not name. Where the disk is
     full, on whichever rank, nothing is left of the new one; `go_on`: with a warning only.
@@ -125,7 +127,8 @@ def save(
             write_model(temporary / "model")
     if not full.anywhere(engine) and main:
         with full.noted():
-            _conclude(temporary, step, engine.world_size, inputs, extra)
+            facts = {"step": step, "world_size": engine.world_size, "inputs": inputs}
+            _conclude(temporary, facts | {"recipe": recipe.model_dump(mode="json"), "extra": extra})
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
             _sync(folder)
@@ -154,19 +157,13 @@ def save(
         )  # fmt: skip
 
 
-def _conclude(
-    folder: Path, step: int, world_size: int, inputs: dict[str, Any], extra: dict[str, Any]
-) -> None:
+def _conclude(folder: Path, facts: dict[str, Any]) -> None:
     """Write state.json over all that is there, and have everything on the disk."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     names = [str(path.relative_to(folder)) for path in files]
-    state = {
-        "step": step,
-        "world_size": world_size,
-        "inputs": inputs,
-        "extra": extra,
+    state = facts | {
         "files": {name: p.stat().st_size for name, p in zip(names, files, strict=True)},
-        "sha256": dict(zip(names, _sha256_of(files), strict=True)),
+        "sha256": dict(zip(names, sha256_of(files), strict=True)),
     }
     state["digest"] = _digest(state)
     (folder / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
@@ -190,8 +187,8 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def missing(checkpoint: Path) -> list[str]:
-    """Files of a checkpoint that are missing or have another size than its list says; the list
-    itself where it is not as it was written."""
+    """Files of a checkpoint that are missing or have another size than its list says, or that it
+    does not name where DeepSpeed looks; the list itself where it is not as it was written."""
     try:
         state = read_state(checkpoint)
         sizes = state["files"].items()
@@ -199,11 +196,12 @@ def missing(checkpoint: Path) -> list[str]:
             return [STATE]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return [STATE]
+    others = {f"zero/{path.name}" for path in (checkpoint / "zero").glob("*.pt")}
     return [
         name
         for name, size in sizes
         if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size
-    ]
+    ] + sorted(others - set(state["files"]))
 
 
 def faults(checkpoint: Path) -> list[str]:
@@ -211,7 +209,7 @@ def faults(checkpoint: Path) -> list[str]:
     if names := missing(checkpoint):
         return names
     wanted = read_state(checkpoint)["sha256"]
-    found = _sha256_of([checkpoint / name for name in wanted])
+    found = sha256_of([checkpoint / name for name in wanted])
     return [name for name, ours in zip(wanted, found, strict=True) if ours != wanted[name]]
 
 
@@ -221,19 +219,16 @@ def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256_of(paths: Sequence[Path]) -> list[str]:
-    def one(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        return list(pool.map(one, paths))
-
-
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What state.json says."""
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return state
+
+
+def read_recipe(checkpoint: Path, kind: type[AnySettings]) -> AnySettings | None:
+    """The recipe that a checkpoint was saved under; the first ones of this format have none."""
+    tree = read_state(checkpoint).get("recipe")
+    return kind.from_tree(tree, f"{checkpoint}/{STATE}") if tree else None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -260,14 +255,26 @@ def _load_tensors_only(path: str, map_location: Any = None, *, mmap: bool = Fals
         raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from error
 
 
-def load(engine: Any, checkpoint: Path, inputs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def load(
+    engine: Any,
+    checkpoint: Path,
+    *,
+    recipe: Settings,
+    free: Mapping[str, set[str]],
+    inputs: dict[str, Any],
+) -> tuple[int, dict[str, Any]]:
     """Load weights, optimizer and schedule; return the steps that were done, and what `save` was
-    given as `extra`. Another number of ranks may have saved it.
+    given as `extra`. Another number of ranks may have saved it, of a folder of another name.
+
+    free: what of the recipe may differ, see `check_same_run`.
 
     Raises:
-        UserError: saved from other inputs, or a file that holds more than tensors and plain values.
+        UserError: saved under another recipe or from other inputs, or a file that holds more than
+            tensors and plain values.
     """
     state = read_state(checkpoint)
+    if stored := read_recipe(checkpoint, type(recipe)):
+        check_same_run(stored, recipe, free, where=checkpoint)
     for name, value in inputs.items():
         if state["inputs"].get(name) != value:
             raise UserError(

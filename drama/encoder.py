@@ -21,7 +21,7 @@ from drama.blocks import Execution, run_blocks
 from drama.data.packing import PackedBatch, count_chunks, even_chunks, pack
 from drama.errors import UserError
 from drama.folder import Attention, RetrieverSettings, longest_text, read_config, read_settings
-from drama.hf import exact_rotary
+from drama.hf import check_sums, exact_rotary
 from drama.kernels.pool import PooledNorm, pool_last, pool_mean
 from drama.prepacked import PrepackedBlocks, can_prepack
 from drama.tokenizer import Kind, TextEncoder, load_tokenizer
@@ -72,11 +72,13 @@ class Encoder(nn.Module):
             attention: the mask, where the folder does not declare it and settings are its own.
 
         Raises:
-            UserError: not a model folder, weights or tokenizer missing, an architecture, pooling or
+            UserError: not a model folder, a file that is not as `export` wrote it (see
+                `drama.hf.check_sums`), weights or tokenizer missing, an architecture, pooling or
                 module that is not run here (see `drama.folder`), a mask that nobody declares, or
                 that is not the declared one.
         """
         folder = Path(path)
+        check_sums(folder)
         config = read_config(folder)
         settings = settings or read_settings(folder, attention)
         if rope:

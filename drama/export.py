@@ -26,7 +26,7 @@ from drama.errors import UserError
 from drama.export_onnx import check_installed, write_onnx
 from drama.files import replacing_folder
 from drama.folder import RetrieverSettings
-from drama.hf import write_rope_keys
+from drama.hf import write_rope_keys, write_sums
 from drama.model_card import Evaluation, model_card
 from drama.run_facts import RunFacts
 from drama.truncation import write_truncation
@@ -105,6 +105,7 @@ def export(
             encoder, settings, architecture, run=run, evaluation=evaluation, onnx=graphs
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+        write_sums(folder)
     return Path(out)
 
 

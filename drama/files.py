@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from drama.errors import UserError
+
+HASHING_THREADS = 8  # files at a time: a disk gives more than one thread can hash
 
 
 @contextmanager
@@ -124,3 +128,14 @@ def stamp(path: str | Path) -> list[Any]:
         return []
     files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+def sha256_of(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file's bytes, in hexadecimal."""
+
+    def one(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return list(pool.map(one, paths))

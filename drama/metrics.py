@@ -71,11 +71,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.15)
     return 2 * size**3 * count / (time.perf_counter() - start)
 
 
-def with_precision(recipe: AnySettings, ranks: Ranks) -> tuple[AnySettings, AnySettings | None]:
+def with_precision(
+    recipe: AnySettings, ranks: Ranks, named: AnySettings | None = None
+) -> tuple[AnySettings, AnySettings | None]:
     """A recipe with its precision settled, as in the run that goes on or by what multiplies faster;
-    and the recipe stored in that run, if there is one. A collective."""
+    and the recipe stored in that run, if there is one. A collective.
+
+    named: instead of that one, the recipe of another run that goes on here.
+    """
     path = recipe.output / "recipe.yaml"
-    stored = type(recipe).load(path) if path.is_file() else None
+    stored = named or (type(recipe).load(path) if path.is_file() else None)
     asked: Any = recipe
     precision = asked.train.precision
     if precision == "auto":

@@ -22,18 +22,55 @@ def count_steps(steps: int | None, epochs: float | None, batches_per_epoch: int)
     return max(1, math.ceil(epochs * batches_per_epoch))
 
 
+def named_start(output: Path, resume: str) -> Path | None:
+    """The checkpoint of another run that a run without any of its own is to begin from.
+
+    resume: "auto", "none" (refuse to go on with anything), or that checkpoint's folder. Once the
+    run has a checkpoint the same command goes on from there.
+
+    Raises:
+        UserError: no checkpoint there; one of this very run, whose later ones would be lost; or
+            "none" where the run has some.
+    """
+    own = checkpoint.all_checkpoints(output / "checkpoints")
+    if resume == "none" and own:
+        raise UserError(
+            f"--resume none: {output} holds {len(own)} checkpoints, the newest is {own[-1].name}; "
+            "give another output, or leave --resume out to go on"
+        )
+    if resume in ("auto", "none"):
+        return None
+    path = Path(resume)
+    if path.resolve().parent == (output / "checkpoints").resolve():
+        raise UserError(
+            f"--resume {path}: a run goes on from its newest checkpoint; give another output to "
+            "go on from this one, nothing is removed then"
+        )
+    if path not in checkpoint.all_checkpoints(path.parent):
+        raise UserError(
+            f"--resume {path}: no checkpoint; give auto, none or a folder such as "
+            "RUN/checkpoints/step-500"
+        )
+    if names := checkpoint.missing(path):
+        raise UserError(
+            f"--resume {path}: {', '.join(names[:3])} cut, changed or missing; name another"
+        )
+    return None if own else path
+
+
 def choose_start(
-    output: Path, train: Schedule, num_steps: int, ranks: Ranks
+    output: Path, train: Schedule, num_steps: int, ranks: Ranks, *, named: Path | None = None
 ) -> tuple[Path | None, Pace]:
     """The newest sound checkpoint from which the recipe's learning rates go on, and the pace.
 
     A run that was prolonged leaves its decay out: it goes on from the flat part. A collective.
+    named: of another run, the only one to go on from.
 
     Raises:
         UserError: there are checkpoints, but none to go on from.
     """
     newest = None
-    for path in sound_checkpoints(output / "checkpoints", ranks):
+    for path in sound_checkpoints(output / "checkpoints", ranks, named):
         newest = newest or path
         state = checkpoint.read_state(path)
         earlier = Pace(*state["extra"]["pace"])
@@ -47,22 +84,23 @@ def choose_start(
             return path, pace
     if newest:
         raise UserError(
-            f"{output} was a run of {earlier.num_steps} steps, and all its checkpoints lie "
-            f"where the learning rates of {num_steps} steps are others; give "
+            f"{named or output} was a run of {earlier.num_steps} steps, and all its checkpoints "
+            f"lie where the learning rates of {num_steps} steps are others; give "
             f"{earlier.num_steps} steps again, or another output"
         )
     return None, Pace.of(train, num_steps)
 
 
-def sound_checkpoints(folder: Path, ranks: Ranks) -> Iterator[Path]:
+def sound_checkpoints(folder: Path, ranks: Ranks, named: Path | None = None) -> Iterator[Path]:
     """Checkpoints that hold what was written, newest first; those that do not are named.
 
-    Every file of a checkpoint is read before it is given; a collective.
+    Every file of a checkpoint is read before it is given; a collective. named: instead of all that
+    are in the folder.
 
     Raises:
         UserError: there are checkpoints, but not one is sound.
     """
-    found, faulty = checkpoint.all_checkpoints(folder), ""
+    found, faulty = [named] if named else checkpoint.all_checkpoints(folder), ""
     num_sound = 0
     for path in reversed(found):
         names: list[str] = []
@@ -75,17 +113,15 @@ def sound_checkpoints(folder: Path, ranks: Ranks) -> Iterator[Path]:
             num_sound += 1
             yield path
             continue
-        faulty = f"{path.name}: {', '.join(names[:3])}"
+        faulty = f"{', '.join(names[:3])} cut, changed, missing or not its own"
         console.print(
-            f"[yellow]warning:[/] {path} is damaged and left alone: {', '.join(names[:3])} "
-            "cut, changed or missing",
-            soft_wrap=True,
-            highlight=False,
-        )
+            f"warning: {path} is damaged and left alone: {faulty}",
+            style="yellow", markup=False, soft_wrap=True, highlight=False,
+        )  # fmt: skip
     if found and not num_sound:
         raise UserError(
-            f"{folder} holds no sound checkpoint ({faulty} cut, changed or missing); remove it to "
-            "train from the beginning"
+            f"{named or folder} holds no sound checkpoint ({found[0].name}: {faulty}); "
+            + ("name another" if named else "remove it to train from the beginning")
         )
 
 

@@ -188,10 +188,13 @@ class Settings(Strict):
         return type(self).from_tree(tree)
 
 
-def check_same_run(stored: Settings, now: Settings, free: Mapping[str, set[str]]) -> None:
+def check_same_run(
+    stored: Settings, now: Settings, free: Mapping[str, set[str]], *, where: Path | None = None
+) -> None:
     """Refuse to go on with a run under another recipe.
 
-    free: by section, the keys that may differ.
+    free: by section, the keys that may differ. where: a checkpoint of the run, which may go on
+    under another name in another folder.
 
     Raises:
         UserError: another key does.
@@ -200,9 +203,11 @@ def check_same_run(stored: Settings, now: Settings, free: Mapping[str, set[str]]
     for name in {**after, **before}:
         old, value = before.get(name), after.get(name)
         section, key = (*name.split("."), "")[:2]
+        if where is not None and name in ("name", "output"):
+            continue
         if old != value and key not in free.get(section, set()):
             raise UserError(
-                f"{now.output} holds a run with {name} = {old}, the recipe says {value}; "
+                f"{where or now.output} holds a run with {name} = {old}, the recipe says {value}; "
                 "give another output, or remove that folder"
             )
 

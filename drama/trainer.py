@@ -35,7 +35,7 @@ from drama.loss import ContrastiveLoss
 from drama.metrics import peak_flops, with_precision
 from drama.optimizer import start_engine
 from drama.recipe import EvalRecipe, Recipe, StepRecipe
-from drama.resume import check_finite, choose_start, count_steps, prolongable
+from drama.resume import check_finite, choose_start, count_steps, named_start, prolongable
 from drama.run_facts import run_facts
 from drama.settings import KEEPING_KEYS, check_same_run
 from drama.stability import BadSteps
@@ -56,15 +56,22 @@ _FREE_KEYS = {
 }
 
 
+def _free_keys(recipe: Recipe) -> dict[str, set[str]]:
+    return _FREE_KEYS | {"train": _FREE_KEYS["train"] | prolongable(recipe.train)}
+
+
 class Trainer:
     """Builds everything from a recipe; `run` trains, saves, and returns the model folder.
+
+    resume: see `drama.resume.named_start`.
 
     Raises:
         UserError: a recipe that does not fit its model, its shards, its ranks or its run folder.
     """
 
-    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+    def __init__(self, recipe: Recipe, ranks: Ranks, resume: str = "auto") -> None:
         self.ranks = ranks
+        self.named = named_start(recipe.output, resume)
         self.recipe = recipe = self._settle(recipe)
         torch.manual_seed(recipe.seed)
         self.dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -83,7 +90,9 @@ class Trainer:
         self.num_steps = count_steps(
             recipe.train.steps, recipe.train.epochs, self.batches.order.batches_per_epoch
         )
-        self.start, self.pace = choose_start(recipe.output, recipe.train, self.num_steps, ranks)
+        self.start, self.pace = choose_start(
+            recipe.output, recipe.train, self.num_steps, ranks, named=self.named
+        )
         self.engine = start_engine(
             self.encoder,
             recipe.train,
@@ -116,10 +125,10 @@ class Trainer:
 
     def _settle(self, recipe: Recipe) -> Recipe:
         """Fill in what depends on the machine, or take it from the run that goes on."""
-        settled, stored = with_precision(recipe, self.ranks)
+        named = checkpoint.read_recipe(self.named, Recipe) if self.named else None
+        settled, stored = with_precision(recipe, self.ranks, named)
         if stored is not None:
-            free = _FREE_KEYS | {"train": _FREE_KEYS["train"] | prolongable(settled.train)}
-            check_same_run(stored, settled, free)
+            check_same_run(stored, settled, _free_keys(settled), where=self.named)
             if settled.step.grad_reduction == "auto":
                 # what memory allowed at the start: another order of sums would be other bits
                 chosen = stored.step.grad_reduction
@@ -202,12 +211,13 @@ class Trainer:
 
     def run(self) -> Path:
         """Train to the last step from the newest whole checkpoint; return RUN/model."""
-        recipe, output = self.recipe, self.recipe.output
+        reduction = self.step_runner.reduction
+        self.recipe = recipe = self.recipe.with_values(step__grad_reduction=reduction)
+        output = recipe.output
         if self.ranks.is_main:
             for name in ("best", "model"):
                 recovered(output / name)
-            settled = recipe.with_values(step__grad_reduction=self.step_runner.reduction)
-            settled.save(output / "recipe.yaml")
+            recipe.save(output / "recipe.yaml")
             self.bad.forget(checkpoint.step_of(self.start) if self.start else 0)
         inputs = self._inputs()
         first = self._resume(self.start, inputs) if self.start else 0
@@ -244,24 +254,13 @@ class Trainer:
                 done, seconds = step + 1, time.perf_counter() - began
                 watchdog.at(step, "evaluate")
                 evaluation = self._evaluate(done)
+                told: dict[str, Any] = {"lr": rate, "seconds": seconds, "evaluation": evaluation}
                 if skipped:
-                    self.telemetry.skip(
-                        step,
-                        self.bad_steps.total,
-                        lr=rate,
-                        seconds=seconds,
-                        evaluation=evaluation,
-                    )
+                    self.telemetry.skip(step, self.bad_steps.total, **told)
                 else:
+                    warmth = self.temperature.value
                     self.telemetry.record(
-                        step,
-                        batch,
-                        output_of_step,
-                        seconds=seconds,
-                        waited=waited,
-                        lr=rate,
-                        temperature=self.temperature.value,
-                        evaluation=evaluation,
+                        step, batch, output_of_step, waited=waited, temperature=warmth, **told
                     )
                 stopping = signals.asked() and done < self.num_steps
                 if stopping or done % recipe.train.save_every == 0 or done == self.num_steps:
@@ -270,6 +269,7 @@ class Trainer:
                         self.engine,
                         output / "checkpoints",
                         done,
+                        recipe=recipe,
                         inputs=inputs,
                         extra=self._extra(done),
                         keep=checkpoint.Keep.of(recipe.train, self.pace.flat_until),
@@ -287,8 +287,11 @@ class Trainer:
         return self.recipe.train.on_full_disk == "go_on" and done < self.num_steps
 
     def _resume(self, folder: Path, inputs: dict[str, Any]) -> int:
-        first, extra = checkpoint.load(self.engine, folder, inputs)
-        self.best = extra["best"]
+        recipe = self.recipe
+        first, extra = checkpoint.load(
+            self.engine, folder, recipe=recipe, free=_free_keys(recipe), inputs=inputs
+        )
+        self.best = None if folder == self.named else extra["best"]  # lies in the other run
         self.temperature.state = extra["temperature"]
         self.bad_steps.state = extra.get("bad_steps", [0, 0])
         if self.validator and self.best and self.best["judge"] != self.validator.judge:
@@ -390,7 +393,10 @@ class Trainer:
         return f"tokenised while training, {why}" if why else "token ids of the shards"
 
 
-def train(recipe: Recipe) -> Path:
-    """Train as the recipe says, on every rank that the launcher started; return RUN/model."""
+def train(recipe: Recipe, resume: str = "auto") -> Path:
+    """Train as the recipe says, on every rank that the launcher started; return RUN/model.
+
+    resume: see `drama.resume.named_start`.
+    """
     with Ranks.start() as ranks:
-        return Trainer(recipe, ranks).run()
+        return Trainer(recipe, ranks, resume).run()

@@ -7,10 +7,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from drama.checkpoint import STATE, Keep, faults, missing, save, whole_checkpoints
+from drama.checkpoint import STATE, Keep, faults, load, missing, save, whole_checkpoints
 from drama.distributed import Ranks
 from drama.errors import UserError
-from drama.resume import sound_checkpoints
+from drama.recipe import Recipe
+from drama.resume import named_start, sound_checkpoints
+
+RECIPE = Recipe.from_tree(
+    {
+        "name": "tiny",
+        "output": "runs/tiny",
+        "model": {"path": "model"},
+        "data": {"shards": ["shards"]},
+        "train": {"steps": 9, "batch_size": 64},
+    }
+)
 
 
 def write(folder: Path, step: int, last: int = 2, **keep: int) -> None:
@@ -28,7 +39,8 @@ def write(folder: Path, step: int, last: int = 2, **keep: int) -> None:
     )
     save(
         *(engine, folder, step),
-        inputs={}, extra={"seen": {3: (0.1, 2)}}, keep=Keep(last, **keep),
+        recipe=RECIPE, inputs={"shards": "abc"}, extra={"seen": {3: (0.1, 2)}},
+        keep=Keep(last, **keep),
         write_model=lambda path: path.mkdir(),
     )  # fmt: skip
 
@@ -104,3 +116,43 @@ def test_every_flipped_bit_is_found_and_the_checkpoint_before_it_taken(tmp_path,
     (tmp_path / "step-2" / STATE).unlink()
     with pytest.raises(UserError, match=r"no sound checkpoint \(step-2: state.json cut"):
         list(sound_checkpoints(tmp_path, ALONE))
+
+
+def test_one_of_another_recipe_or_of_other_inputs_is_refused_and_named(tmp_path):
+    """As where somebody has copied it into the folder of another run."""
+    write(tmp_path, 2)
+    engine, path = SimpleNamespace(world_size=1), tmp_path / "step-2"
+    faster = RECIPE.with_values(train__lr=0.5)
+    with pytest.raises(UserError, match=r"step-2 holds a run with train\.lr = 0\.0002, .* 0\.5;"):
+        load(engine, path, recipe=faster, free={}, inputs={"shards": "abc"})
+    with pytest.raises(UserError, match="step-2 was trained on another shards"):
+        load(engine, path, recipe=faster, free={"train": {"lr"}}, inputs={"shards": "def"})
+    moved = RECIPE.with_values(name="other", output=tmp_path)
+    with pytest.raises(UserError, match="step-2 was trained on another shards"):
+        load(engine, path, recipe=moved, free={}, inputs={"shards": "def"})
+
+
+def test_a_run_begins_from_a_named_checkpoint_only_until_it_has_its_own(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other" / "checkpoints"
+    write(other, 4)
+    named = str(other / "step-4")
+    assert named_start(run, "auto") is named_start(run, "none") is None
+    assert named_start(run, named) == other / "step-4"
+    write(run / "checkpoints", 6)
+    assert named_start(run, named) is None  # a job that is started again with its command
+    assert named_start(run, "auto") is None
+    with pytest.raises(UserError, match=r"--resume none: .*run holds 1 .*the newest is step-6"):
+        named_start(run, "none")
+    own = run / "checkpoints" / "step-6"
+    with pytest.raises(UserError, match=r"step-6: a run goes on from its newest .*another output"):
+        named_start(run, str(own))
+
+
+def test_what_is_no_checkpoint_or_a_damaged_one_cannot_be_named(tmp_path):
+    write(tmp_path, 4)
+    for wrong in (tmp_path, tmp_path / "step-5", "newest"):
+        with pytest.raises(UserError, match=f"--resume {wrong}: no checkpoint; give auto, none"):
+            named_start(tmp_path / "run", str(wrong))
+    (tmp_path / "step-4" / "zero" / "weights.pt").unlink()
+    with pytest.raises(UserError, match=r"step-4: zero/weights\.pt cut, changed or missing"):
+        named_start(tmp_path / "run", str(tmp_path / "step-4"))

@@ -12,6 +12,7 @@ from drama.equality import TOLERANCE, compare
 from drama.errors import UserError
 from drama.export import export
 from drama.folder import RetrieverSettings
+from drama.hf import SUMS
 from drama.retrieve.models import open_model
 from drama.testing import tiny_llama
 
@@ -89,6 +90,7 @@ def test_config_keys(tmp_path, attention, architecture, model_type):
 def test_a_lost_mask_key_does_not_make_it_causal(tmp_path):
     """Without `is_causal` transformers runs a Llama causally; ours reads the other key as well."""
     encoder, folder = exported(tmp_path, architecture="llama")
+    (folder / SUMS).unlink()  # which would notice
     path = folder / "config.json"
     config = json.loads(path.read_text())
     del config["is_causal"]
@@ -128,6 +130,7 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
 def test_the_probe_catches_a_folder_whose_mask_was_broken(tmp_path):
     """Both keys of a EuroBERT turned: it declares a mask that its architecture does not have."""
     _, folder = exported(tmp_path)
+    (folder / SUMS).unlink()
     path = folder / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"is_causal": True, "use_bidirectional_attention": False}))

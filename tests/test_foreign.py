@@ -29,6 +29,7 @@ from drama.equality import compare
 from drama.errors import UserError
 from drama.export import export
 from drama.folder import RetrieverSettings, read_settings
+from drama.hf import SUMS
 from drama.memory import GraphBytes
 from drama.plan import graph_bytes
 from drama.retrieve.models import OtherModel, OurModel, open_model
@@ -100,7 +101,8 @@ def old_layout(folder: Path) -> None:
 
 
 def edit(path: Path, **values) -> None:
-    """Change keys of a JSON file; None removes one."""
+    """Change keys of a JSON file, as an owner would; None removes one."""
+    (path.parent / SUMS).unlink(missing_ok=True)
     content = json.loads(path.read_text()) | values
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 

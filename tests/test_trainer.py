@@ -20,11 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from drama.checkpoint import faults
 from drama.data.records import Document, Record
 from drama.data.sources import read_source
 from drama.data.writer import write_shards
 from drama.distributed import free_port
 from drama.encoder import Encoder
+from drama.killing import digests
 from drama.optimizer import Pace, learning_rate_factor
 from drama.recipe import Recipe
 from drama.testing import read_metrics, run_alone, run_deepspeed, tiny_llama
@@ -235,25 +237,28 @@ def test_a_flipped_bit_means_an_older_checkpoint_and_chunks_may_be_smaller(world
     np.testing.assert_allclose([line["loss"] for line in read_metrics(run)], losses, rtol=1e-5)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(world, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(world / "whole", run)
-    recipe = run / "recipe.yaml"
-    text = recipe.read_text().replace(str(world / "whole"), str(run)).replace("zero3", "zero1")
-    recipe.write_text(text)
-    state_path = run / "checkpoints" / "step-9" / "state.json"
-    state = json.loads(state_path.read_text())
-    state["world_size"] = 1
-    evil = run / "checkpoints" / "step-9" / "zero" / "mp_rank_00_model_states.pt"
+@pytest.mark.parametrize(
+    "kind", ["model_states", pytest.param("optim_states", marks=pytest.mark.slow)]
+)
+def test_a_checkpoint_that_would_run_code_is_refused(world, tmp_path, kind):
+    """Whoever writes it writes hashes that fit; only tensors are read of a pickle."""
+    newest = tmp_path / "whole" / "checkpoints" / "step-9"
+    shutil.copytree(world / "whole" / "checkpoints" / "step-9", newest)
+    name = f"zero/zero_pp_rank_0_mp_rank_00_{kind}.pt"
+    evil = newest / name
     torch.save({"module": _Evil(tmp_path / "evil")}, evil)
-    name = "zero/mp_rank_00_model_states.pt"
+    state = json.loads((newest / "state.json").read_text())
     state["files"][name] = evil.stat().st_size
     state["sha256"][name] = hashlib.sha256(evil.read_bytes()).hexdigest()
     rest = json.dumps({k: x for k, x in state.items() if k != "digest"}, sort_keys=True)
     state["digest"] = hashlib.sha256(rest.encode()).hexdigest()
-    state_path.write_text(json.dumps(state))
-    done = run_alone(TRAIN, "--recipe", str(recipe))
-    refused(done, "mp_rank_00_model_states.pt", "damaged or not a checkpoint")
+    (newest / "state.json").write_text(json.dumps(state))
+    assert faults(newest) == []
+    done = run_alone(
+        TRAIN, "--recipe", str(world / "recipe.yaml"), "--resume", str(newest),
+        "--set", f"output={tmp_path / 'run'}",
+    )  # fmt: skip
+    refused(done, name, "damaged or not a checkpoint")
     assert not (tmp_path / "evil").exists()
 
 
@@ -295,22 +300,50 @@ def test_a_damaged_record_is_one_line_also_from_a_worker(world, tmp_path, worker
 
 
 def test_another_number_of_ranks_takes_the_same_step(world):
-    """One rank goes on with ZeRO 3's shards of two."""
+    """One rank goes on with ZeRO 3's shards of two, of the newest checkpoint that is whole."""
     run, whole = world / "moved", world / "whole"
     shutil.copytree(whole, run)
-    shutil.rmtree(run / "checkpoints" / "step-9")
+    (shard,) = (run / "checkpoints" / "step-9" / "zero").glob("*rank_1_mp*optim_states.pt")
+    shard.write_bytes(shard.read_bytes()[:-1])
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(str(whole), str(run)))
     done = run_alone(TRAIN, "--recipe", str(recipe))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"step-9 is damaged and left alone: zero/{shard.name} cut" in done.stderr
     assert "step-8 was saved by 2 ranks and is dealt to 1" in done.stderr
-    ours, theirs = (read_metrics(folder)[8] for folder in (run, whole))
+    assert_same_last_step(run, whole)
+
+
+def assert_same_last_step(run: Path, whole: Path) -> None:
+    ours, theirs = (read_metrics(folder)[-1] for folder in (run, whole))
+    assert ours["step"] == theirs["step"]
     assert ours["seconds"] != theirs["seconds"]  # it was taken anew
     for name in ("loss", "grad_norm", "lr", "temperature"):
         assert math.isclose(ours[name], theirs[name], rel_tol=1e-5), name
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (run, whole)]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_begins_from_a_named_checkpoint_of_another(world, tmp_path):
+    """Which stays as it is; started again, it goes on from its own."""
+    whole, run = world / "whole", tmp_path / "branch"
+    before = digests(whole)
+    options = [
+        "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}", "--set", "name=branch",
+        "--resume", str(whole / "checkpoints" / "step-8"),
+    ]  # fmt: skip
+    other = run_alone(TRAIN, *options, "--set", "train.lr=1.0")
+    refused(other, "step-8 holds a run with train.lr = 0.003", "1.0")
+    assert not run.exists()
+    done = run_alone(TRAIN, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed at step 8" in done.stderr
+    assert [line["step"] for line in read_metrics(run)] == [8]
+    assert_same_last_step(run, whole)
+    assert digests(whole) == before
+    none = run_alone(TRAIN, *options[:-1], "none")
+    refused(none, f"--resume none: {run} holds 1 checkpoints, the newest is step-9")
 
 
 def test_one_process_gives_the_same_model_as_two_ranks(world):

@@ -241,24 +241,12 @@ class Pruner:
                 due = done % recipe.eval.every == 0 or done == recipe.train.steps
                 watchdog.at(step, "evaluate")
                 evaluation = self.evaluate(self.masks.final()) if due else None
+                told: dict[str, Any] = {"lr": rate, "seconds": seconds, "evaluation": evaluation}
                 if skipped:
-                    telemetry.skip(
-                        step,
-                        self.bad_steps.total,
-                        lr=rate,
-                        seconds=seconds,
-                        evaluation=evaluation,
-                    )
+                    telemetry.skip(step, self.bad_steps.total, **told)
                 else:
-                    telemetry.record(
-                        step,
-                        found,
-                        self.domains,
-                        ramp=self.closing.ramp(step),
-                        lr=rate,
-                        seconds=seconds,
-                        evaluation=evaluation,
-                    )
+                    ramp = self.closing.ramp(step)
+                    telemetry.record(step, found, self.domains, ramp=ramp, **told)
                 stopping = signals.asked() and done < recipe.train.steps
                 if stopping or done % recipe.train.save_every == 0 or done == recipe.train.steps:
                     watchdog.at(step, "save")
@@ -281,7 +269,9 @@ class Pruner:
             reference = self.evaluate(Gates({}, {}))
             self.domains = DomainWeights(names, reference, weights=data.weights, **options)
             return 0
-        step, extra = checkpoint.load(self.engine, start, self.inputs)
+        step, extra = checkpoint.load(
+            self.engine, start, recipe=self.recipe, free=_FREE_KEYS, inputs=self.inputs
+        )
         self.domains = DomainWeights(names, extra["domains"]["reference"], **options)
         self.domains.load(extra["domains"])
         self.text.drawn = extra["drawn"]
@@ -305,6 +295,7 @@ class Pruner:
             self.engine,
             self.recipe.output / "checkpoints",
             done,
+            recipe=self.recipe,
             inputs=self.inputs,
             extra={
                 "domains": self.domains.state(),

@@ -9,7 +9,7 @@ from typing import Any
 
 from drama.errors import UserError
 from drama.files import replacing_folder
-from drama.hf import write_rope_keys
+from drama.hf import write_rope_keys, write_sums
 from drama.prune.source import quiet
 
 REPORT_NAME = "pruning.json"
@@ -50,3 +50,4 @@ def write_model(small: Any, tokenizer: Any, facts: dict[str, Any], out: Path) ->
         write_rope_keys(folder)
         text = json.dumps(facts, indent=1, allow_nan=False)
         (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+        write_sums(folder)

@@ -182,12 +182,12 @@ class Recoverer:
 
     def run(self) -> Path:
         """Train to the last step from the newest whole checkpoint; return RUN/model."""
-        recipe, output = self.recipe, self.recipe.output
-        inputs = self._inputs()
+        self.recipe = recipe = self.recipe.with_values(step__grad_reduction=self.reduction)
+        output, inputs = recipe.output, self._inputs()
         first = checkpoint.step_of(self.start) if self.start else 0
         if self.ranks.is_main:
             recovered(output / "model")
-            recipe.with_values(step__grad_reduction=self.reduction).save(output / "recipe.yaml")
+            recipe.save(output / "recipe.yaml")
             self.bad.forget(first)
         if self.start:
             self._resume(self.start, inputs)
@@ -220,24 +220,11 @@ class Recoverer:
                     self.texts.observe(result.sums_S, result.counts_S)
                 watchdog.at(step, "evaluate")
                 evaluation = self._evaluate(done)
+                told: dict[str, Any] = {"lr": rate, "seconds": seconds, "evaluation": evaluation}
                 if skipped:
-                    self.telemetry.skip(
-                        step,
-                        self.bad_steps.total,
-                        lr=rate,
-                        seconds=seconds,
-                        evaluation=evaluation,
-                    )
+                    self.telemetry.skip(step, self.bad_steps.total, **told)
                 else:
-                    self.telemetry.record(
-                        step,
-                        batch,
-                        result,
-                        lr=rate,
-                        seconds=seconds,
-                        waited=waited,
-                        evaluation=evaluation,
-                    )
+                    self.telemetry.record(step, batch, result, waited=waited, **told)
                 self.texts.update(done)
                 stopping = signals.asked() and done < self.num_steps
                 if stopping or done % recipe.train.save_every == 0 or done == self.num_steps:
@@ -274,7 +261,9 @@ class Recoverer:
             self.parent = self.step_runner.parent = self.telemetry.parent = None
 
     def _resume(self, folder: Path, inputs: dict[str, Any]) -> None:
-        first, extra = checkpoint.load(self.engine, folder, inputs)
+        first, extra = checkpoint.load(
+            self.engine, folder, recipe=self.recipe, free=free_keys(self.recipe), inputs=inputs
+        )
         self.before = extra["before"]
         self.bad_steps.state = extra.get("bad_steps", [0, 0])
         for note in self.texts.resume(extra["texts"], first):
@@ -312,6 +301,7 @@ class Recoverer:
             self.engine,
             self.recipe.output / "checkpoints",
             done,
+            recipe=self.recipe,
             inputs=inputs,
             extra={
                 "before": self.before,

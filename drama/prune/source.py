@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from drama.errors import UserError, nearest
-from drama.hf import build_lm, model_sha256
+from drama.hf import build_lm, check_sums, model_sha256
 from drama.prune.text import sha256_of
 
 # the families, and what each is read as
@@ -85,7 +85,8 @@ def find_llm(path: str | Path) -> Source:
     """Return where the model at `path` lies, after checking that its files are all there.
 
     Raises:
-        UserError: nothing at the path, no model there, or several, or one half downloaded.
+        UserError: nothing at the path, no model there, or several, or one half downloaded, or a
+            file that is not as we wrote it.
     """
     path = Path(path)
     if path.is_file():
@@ -98,6 +99,7 @@ def find_llm(path: str | Path) -> Source:
         _check_weights(path)
         if not any((path / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"{path}: no tokenizer (tokenizer.json is missing); copy it there")
+        check_sums(path)
         return Source(path, None)
     found = sorted(file.name for file in path.glob("*.gguf"))
     if len(found) > 1:
