@@ -1,14 +1,19 @@
 """A file system that is full while a run saves: the last checkpoint stays whole, and it is said."""
 
 import subprocess
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from drama.checkpoint import faults, whole_checkpoints
-from drama.testing import read_metrics, run_deepspeed
+from drama.data.sources import read_source
+from drama.data.writer import write_shards
+from drama.testing import read_metrics, run_alone, run_deepspeed
 
-TRAIN = Path(__file__).parents[1] / "launchers" / "train.py"
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "launchers" / "train.py"
+PAIRS = ROOT / "data" / "demo" / "pairs.jsonl.xz"
 
 
 def size_of(folder: Path) -> int:
@@ -16,17 +21,27 @@ def size_of(folder: Path) -> int:
 
 
 @pytest.fixture
-def small_disk(world, tmp_path):
-    """A file system of its own, with room for one checkpoint and a half."""
+def mounted(tmp_path):
+    """Makes a file system of its own, of so many bytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    size = int(1.5 * size_of(world / "whole" / "checkpoints" / "step-9")) + 300_000
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"a small file system takes the right to mount one: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+    def mount(size: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"a small file system takes the right to mount one: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(world, mounted):
+    """With room for one checkpoint and a half."""
+    return mounted(int(1.5 * size_of(world / "whole" / "checkpoints" / "step-9")) + 300_000)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +76,52 @@ def test_the_last_checkpoint_stays_whole(world, small_disk, ballast, on_full_dis
     going_on = said.count("training goes on and tries again")
     assert going_on == ({0: 1, 0.8: 2}[ballast] if on_full_disk == "go_on" else 0)
     assert len(read_metrics(run)) == (6 if on_full_disk == "go_on" else 4)
+
+
+@pytest.mark.slow
+def test_the_model_at_the_end_does_not_fit(world, mounted):
+    """The last checkpoint does: with room made, the same command writes the model alone."""
+    whole = world / "whole"
+    checkpoint, model = size_of(whole / "checkpoints" / "step-9"), size_of(whole / "model")
+    disk = mounted(checkpoint + 2 * model + 300_000)
+    (disk / "ballast").write_bytes(b"\0" * int(1.6 * model))
+    options = ["--recipe", str(world / "recipe.yaml"), "--set", f"output={disk / 'run'}",
+               "--set", "train.save_every=9", "--set", "data.workers=0"]  # fmt: skip
+    done = run_deepspeed(TRAIN, *options)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said[-3000:]
+    assert "Traceback" not in said
+    (line,) = [x for x in said.splitlines() if x.startswith("train: error:")]
+    assert f"{disk / 'run' / 'model'}: the model cannot be written, the disk is full" in line
+    assert "make room and start again" in line
+    assert not [path.name for path in (disk / "run").iterdir() if "model" in path.name]
+    (saved,) = whole_checkpoints(disk / "run" / "checkpoints")
+    assert not faults(saved)
+    (disk / "ballast").unlink()
+    done = run_deepspeed(TRAIN, *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ours, theirs = (folder / "model" / "model.safetensors" for folder in (disk / "run", whole))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_best_model_does_not_fit_and_training_goes_on(world, mounted, tmp_path):
+    """It is said, half of it is not left, and the best one stays to be found."""
+    write_shards(islice(read_source(PAIRS), 160, 192), tmp_path / "held-out")
+    model = size_of(world / "whole" / "model")
+    run = mounted(int(0.6 * model) + 100_000) / "run"
+    done = run_alone(
+        TRAIN, "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}",
+        "--set", "train.save_every=9", "--set", "data.workers=0", "--set", "eval.every=4",
+        "--set", f"eval.shards=[{tmp_path / 'held-out'}]", "--set", "train.on_full_disk=go_on",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-3000:]
+    said = f"warning: {run / 'best'}: the model cannot be written, the disk is full; training"
+    assert done.stderr.count(said) == 2  # after 4 and 8 steps; the last one has to be written
+    assert "Traceback" not in done.stderr
+    assert (
+        f"{run / 'best'}: the model cannot be written, the disk is full; checkpoints stay"
+        in (done.stderr.splitlines()[-1])
+    )
+    assert not [path.name for path in run.iterdir() if "best" in path.name]
+    assert len(read_metrics(run)) == 8

@@ -18,6 +18,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
+from drama.killing import Job, deepspeed_command, steps_done
 from drama.optimizer import Pace, learning_rate_factor
 from drama.prune.alive import Alive, install, make_maskable
 from drama.prune.lm import LanguageModel
@@ -32,6 +33,7 @@ from drama.testing import byte_tokenizer, run_deepspeed, tiny_llama
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "launchers" / "prune.py"
 WORKER = ROOT / "tests" / "workers" / "prune_ranks.py"
+BAD_MASKS = ROOT / "tests" / "workers" / "bad_masks.py"
 TO = "layers=2,hidden=32,heads=2,kv_heads=2,ffn=48"
 STEPS = 6
 
@@ -224,6 +226,57 @@ def test_a_killed_run_goes_on_to_the_last_bit(world: Path, tmp_path: Path) -> No
     ]
     a, b = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "killed"))
     assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_step_whose_masks_have_no_gradient_leaves_no_residue(
+    world: Path, tmp_path: Path, stage: str
+) -> None:
+    """Weights, masks, multipliers and their moments equal those of a run that left it out."""
+    settings = (f"train.deepspeed={stage}", "masks.lr=0.1")
+    done = run_deepspeed(BAD_MASKS, str(world / "recipe.yaml"), str(tmp_path), *settings)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["bad"] == "nan"
+    assert len(found["same"]) > 40
+    assert [name for name, same in found["same"].items() if not same] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_one_of_two_ranks_is_killed(world: Path, tmp_path: Path, stage: str) -> None:
+    """Two ranks go on to the last bit, one alone to the same losses."""
+
+    def command(run: str, num_ranks: int) -> list[str]:
+        options = ("--set", f"output={tmp_path / run}", "--set", f"train.deepspeed={stage}")
+        return deepspeed_command(
+            LAUNCHER, "--recipe", str(world / "recipe.yaml"), *options, num_ranks=num_ranks
+        )
+
+    def to_the_end(run: str, num_ranks: int) -> str:
+        with Job(command(run, num_ranks), tmp_path / "log") as job:
+            assert job.ended() == 0, job.said()
+            return job.said(10**6)
+
+    to_the_end("whole", 2)
+    for run, killed in (("killed", 1), ("moved", 0)):
+        with Job(command(run, 2), tmp_path / "log") as job:
+            job.kill_at(lambda run=run: steps_done(tmp_path / run) >= 3, killed)
+    to_the_end("killed", 2)
+    assert "saved by 2 ranks and is dealt to 1" in to_the_end("moved", 1)
+    clock = {"seconds", "seconds_by_phase", "tokens_per_s", "peak_mem_mib"}
+    whole, again = (
+        [{k: x for k, x in line.items() if k not in clock} for line in lines(tmp_path / run)]
+        for run in ("whole", "killed")
+    )
+    assert again == whole
+    a, b = (tmp_path / run / "model" / "model.safetensors" for run in ("whole", "killed"))
+    assert a.read_bytes() == b.read_bytes()
+    moved = lines(tmp_path / "moved")
+    assert [x["rows_by_domain"] for x in moved] == [x["rows_by_domain"] for x in whole]
+    for key in ("loss", "penalty", "grad_norm"):
+        ours, theirs = ([x[key] for x in found] for found in (moved, whole))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, err_msg=key)
 
 
 @pytest.mark.parametrize(

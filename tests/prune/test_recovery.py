@@ -23,6 +23,7 @@ from drama.data.stream import ShardSet
 from drama.data.writer import write_shards
 from drama.distributed import Ranks
 from drama.encoder import Encoder
+from drama.killing import Job, deepspeed_command, steps_done
 from drama.prune.output import REPORT_NAME, write_model
 from drama.prune.recovery_data import Texts, _spread
 from drama.prune.recovery_recipe import RecoveryRecipe
@@ -280,6 +281,41 @@ def test_a_killed_run_goes_on_to_the_last_bit(world: Path, tmp_path: Path) -> No
     weights = [line["source_weights"]["de"] for line in whole]
     assert weights[0] == pytest.approx(0.5)
     assert len(set(weights)) == STEPS, "the weights did not follow the losses"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_one_of_two_ranks_is_killed(world: Path, tmp_path: Path, stage: str) -> None:
+    """Two ranks go on to the last bit, one alone to the same losses."""
+
+    def command(run: str, num_ranks: int) -> list[str]:
+        options = ("--set", f"output={tmp_path / run}", "--set", f"train.deepspeed={stage}")
+        return deepspeed_command(
+            LAUNCHER, "--recipe", str(world / "recipe.yaml"), *options,
+            "--set", "step.grad_reduction=step", num_ranks=num_ranks,
+        )  # fmt: skip
+
+    def to_the_end(run: str, num_ranks: int) -> str:
+        with Job(command(run, num_ranks), tmp_path / "log") as job:
+            assert job.ended() == 0, job.said()
+            return job.said(10**6)
+
+    to_the_end("whole", 2)
+    for run, killed in (("killed", 1), ("moved", 0)):
+        with Job(command(run, 2), tmp_path / "log") as job:
+            job.kill_at(lambda run=run: steps_done(tmp_path / run) >= 3, killed)
+    to_the_end("killed", 2)
+    assert "saved by 2 ranks and is dealt to 1" in to_the_end("moved", 1)
+    whole, again, moved = (read_metrics(tmp_path / run) for run in ("whole", "killed", "moved"))
+    assert [{k: x for k, x in line.items() if k not in CLOCK} for line in again] == [
+        {k: x for k, x in line.items() if k not in CLOCK} for line in whole
+    ]
+    a, b = (tmp_path / run / "model" / "model.safetensors" for run in ("whole", "killed"))
+    assert a.read_bytes() == b.read_bytes()
+    assert [x["tokens_by_source"] for x in moved] == [x["tokens_by_source"] for x in whole]
+    for key in ("loss", "lm", "kl", "hidden", "grad_norm"):
+        ours, theirs = ([x[key] for x in found] for found in (moved, whole))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=key)
 
 
 def test_held_out_texts_may_come_later(world: Path, tmp_path: Path) -> None:
