@@ -111,7 +111,7 @@ def save(
     needed = 0
     if main:
         with full.noted():
-            shutil.rmtree(temporary, ignore_errors=True)
+            tidy(folder)
             temporary.mkdir(parents=True)
             needed = max((_size_of(path) for path in whole_checkpoints(folder)[-1:]), default=0)
             full.check_room(folder, needed)
@@ -129,14 +129,15 @@ def save(
         with full.noted():
             facts = {"step": step, "world_size": engine.world_size, "inputs": inputs}
             _conclude(temporary, facts | {"recipe": recipe.model_dump(mode="json"), "extra": extra})
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                _remove(target)
             os.replace(temporary, target)
             _sync(folder)
             whole = whole_checkpoints(folder)
             staying = keep.chosen([n for n in map(step_of, whole) if n <= step])
             for path in whole:
                 if step_of(path) not in staying:
-                    shutil.rmtree(path)
+                    _remove(path)
     if not full.anywhere(engine):
         return
     free = shutil.disk_usage(folder).free if main else 0
@@ -155,6 +156,20 @@ def save(
             f"warning: {said}; training goes on and tries again at the next train.save_every",
             style="yellow", markup=False, soft_wrap=True, highlight=False,
         )  # fmt: skip
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed run has left of checkpoints that it was writing or removing."""
+    for pattern in (".step-*.partial", ".step-*.old"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name: a kill in between must not leave half of it as a damaged checkpoint."""
+    old = checkpoint.with_name(f".{checkpoint.name}.old")
+    os.replace(checkpoint, old)
+    shutil.rmtree(old)
 
 
 def _conclude(folder: Path, facts: dict[str, Any]) -> None:

@@ -92,7 +92,8 @@ def choose_start(
 
 
 def sound_checkpoints(folder: Path, ranks: Ranks, named: Path | None = None) -> Iterator[Path]:
-    """Checkpoints that hold what was written, newest first; those that do not are named.
+    """Checkpoints that hold what was written, newest first; those that do not are named. What a
+    killed run has left half written or half removed goes.
 
     Every file of a checkpoint is read before it is given; a collective. named: instead of all that
     are in the folder.
@@ -102,6 +103,8 @@ def sound_checkpoints(folder: Path, ranks: Ranks, named: Path | None = None) -> 
     """
     found, faulty = [named] if named else checkpoint.all_checkpoints(folder), ""
     num_sound = 0
+    if ranks.is_main:
+        checkpoint.tidy(folder)
     for path in reversed(found):
         names: list[str] = []
 

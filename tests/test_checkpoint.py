@@ -1,6 +1,7 @@
 """Which checkpoints are whole, and which stay."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from drama.errors import UserError
 from drama.recipe import Recipe
 from drama.resume import named_start, sound_checkpoints
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
 RECIPE = Recipe.from_tree(
     {
         "name": "tiny",
@@ -76,6 +78,25 @@ def test_what_a_run_left_behind_goes_when_it_went_on_from_an_earlier_one(tmp_pat
     assert names(tmp_path) == ["step-5"]
 
 
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path, monkeypatch):
+    """Half of it would stay for good, and every start would warn of a damaged checkpoint."""
+    for step in (2, 4):
+        write(tmp_path, step)
+    real = shutil.rmtree
+
+    def killed(path: Path, **options: object) -> None:
+        (path / "zero" / "weights.pt").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 6)
+    monkeypatch.setattr(shutil, "rmtree", real)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step-2.old", "step-4", "step-6"]
+    assert [path.name for path in sound_checkpoints(tmp_path, ALONE)] == ["step-6", "step-4"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"files": 3}', None])
 def test_one_without_a_readable_state_is_not_whole(tmp_path, content):
     for step in (2, 4):
@@ -96,9 +117,6 @@ def test_one_with_a_file_of_another_size_is_not_whole(tmp_path):
     assert json.loads((tmp_path / "step-2" / STATE).read_text())["step"] == 2
     (tmp_path / "step-x").mkdir()  # somebody else's
     assert names(tmp_path) == []
-
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["zero/weights.pt", STATE])
