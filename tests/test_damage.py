@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from drama.average import average_checkpoints
 from drama.checkpoint import STATE, faults
 from drama.distributed import Ranks
 from drama.encoder import Encoder
@@ -136,3 +137,10 @@ def test_an_export_and_a_pruned_model_have_lists_too(world, run, tmp_path):
         Encoder.from_pretrained(tmp_path / "exported")
     with pytest.raises(UserError, match=r"pruned: model\.safetensors is cut or changed"):
         find_llm(tmp_path / "pruned")
+
+
+def test_a_mean_is_not_taken_over_harmed_weights(run, tmp_path):
+    average_checkpoints(run, 2, tmp_path / "mean")
+    flip(run / "checkpoints" / "step-8" / "model" / "model.safetensors")
+    with pytest.raises(UserError, match=r"step-8/model: model\.safetensors is cut or changed"):
+        average_checkpoints(run, 2, tmp_path / "mean")
