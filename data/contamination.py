@@ -37,19 +37,16 @@ class EvaluationSets:
     of the corpus the documents that are judged relevant: a large corpus is no test set.
 
     Raises:
-        UserError: a folder that is no BEIR folder, two of one name, or nothing judged.
+        UserError: a folder that is no BEIR folder or is given twice, or nothing judged.
     """
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
         self.names: list[str] = []
         self._queries: dict[bytes, str] = {}
         self._documents: dict[bytes, str] = {}
-        for folder in folders:
-            name = Path(folder).resolve().name
-            if name in self.names:
-                raise UserError(f"two evaluation sets are called {name}")
+        for folder, name in _named(folders).items():
             self.names.append(name)
-            self._add(Path(folder), name)
+            self._add(folder, name)
 
     def found(self, record: Record) -> str | None:
         """The name of the set that the record's query or a positive stands in; of a text, whether
@@ -80,3 +77,19 @@ class EvaluationSets:
                 for key in _document_keys(document):
                     self._documents.setdefault(key, name)
         self._queries.pop(_NONE, None)
+
+
+def _named(folders: Sequence[str | Path]) -> dict[Path, str]:
+    """A name for each folder: as many of the last parts of its path as tell it from the others,
+    `scifact`, or `xquad/ar` and `handbook/ar`."""
+    paths = [Path(folder).resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise UserError(f"{twice} is given twice to decontaminate by; name each set once")
+    names = {}
+    for path in paths:
+        count = 1
+        while sum(other.parts[-count:] == path.parts[-count:] for other in paths) > 1:
+            count += 1
+        names[path] = "/".join(path.parts[-count:])
+    return names

@@ -437,7 +437,12 @@ def test_decontamination_is_counted_per_set(tmp_path):
     listed = [json.loads(line) for line in (tmp_path / "out/bad.jsonl").read_text().splitlines()]
     numbers = [*range(1, 7), *range(13, 17)]
     assert [item["where"] for item in listed] == [f"{source}:{n}" for n in numbers]
-    with pytest.raises(UserError, match="two evaluation sets are called scifact"):
+    other.rename(tmp_path / "scifact")  # another set of that name
+    alike = (str(SCIFACT), str(tmp_path / "scifact"))
+    outcome = shard([source], tmp_path / "alike", decontaminate=alike)
+    names = {f"in {SCIFACT.parent.name}/scifact", f"in {tmp_path.name}/scifact"}
+    assert set(outcome.left_out) == names
+    with pytest.raises(UserError, match="scifact is given twice"):
         shard([source], tmp_path / "no", decontaminate=(str(SCIFACT),) * 2)
     with pytest.raises(UserError, match="none is no BEIR folder"):
         shard([source], tmp_path / "no", decontaminate=(str(tmp_path / "none"),))
