@@ -42,7 +42,7 @@ ADAM = 8  # bytes a weight: two float32 moments
 MASTER = 4
 LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters: gathered weights of ZeRO 3
 REDUCE_BUCKET = 50_000_000  # elements, as ds_configs/ says; DeepSpeed's own is ten times that
-TRITON_WORK = 5 * 2**27  # E of `infonce_triton`, and its partial sums
+TRITON_WORK = 3 * 2**28  # H and S of `infonce_triton`
 SAMPLE = 512  # records that are tokenised to learn lengths
 BUDGETS = (4096, 8192, 16384, 32768, 65536)
 # what a GPU's memory loses to the context, the libraries and fragments
