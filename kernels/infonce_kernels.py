@@ -23,7 +23,7 @@ BLOCK_T = 1024  # of a row's partial sums
 
 @triton.jit
 def _left_out(
-    z, row, column, positive, row_id_ptr, column_id_ptr, owner_ptr, limit_ptr, first_row,
+    z, row, column, row_id_ptr, column_id_ptr, owner_ptr, limit_ptr, first_row,
     row_in, column_in,
     HAS_IDS: tl.constexpr, HAS_OWNERS: tl.constexpr, HAS_MARGIN: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def statistics_kernel(
     positive = tl.load(positive_ptr + row, row_in, other=-1).to(tl.int32)
     at_positive = positive[:, None] == column[None, :]
     out = _left_out(
-        z, row, column, positive, row_id_ptr, column_id_ptr, owner_ptr, limit_ptr, first_row,
+        z, row, column, row_id_ptr, column_id_ptr, owner_ptr, limit_ptr, first_row,
         row_in, column_in, HAS_IDS, HAS_OWNERS, HAS_MARGIN,
     )  # fmt: skip
     partial = row.to(tl.int64) * num_tiles + column_tile
@@ -155,7 +155,7 @@ def gradient_kernel(
     positive = tl.load(positive_ptr + row, row_in, other=-1).to(tl.int32)
     at_positive = positive[:, None] == column[None, :]
     out = _left_out(
-        z, row, column, positive, row_id_ptr, column_id_ptr, owner_ptr, limit_ptr, first_row,
+        z, row, column, row_id_ptr, column_id_ptr, owner_ptr, limit_ptr, first_row,
         row_in, column_in, HAS_IDS, HAS_OWNERS, HAS_MARGIN,
     )  # fmt: skip
     z = tl.where(out, float("-inf"), z)

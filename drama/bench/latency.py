@@ -21,8 +21,6 @@ from drama.bench.retrievers import Way, check, exact_texts, open_ways, read_text
 from drama.bench.rows import Rows, interleaved
 from drama.encoder import Encoder
 
-BATCHES = (1, 8, 32)
-LENGTHS = (8, 32, 128, 512)
 DISTINCT = 8  # batches of texts, taken in turn
 
 
