@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,13 +11,20 @@ from pathlib import Path
 from drama.demo import ROOT
 from drama.evidence.nodes import OUT, Node
 from drama.evidence.scales import Scale
-from drama.files import stamp
+from drama.files import sha256_of
 
 RECIPES = "recipes/evidence"
 QUERY_TOKENS = 24  # of a pair, beside its document
 PARENT_SHARE = 0.09  # speed of the parent's training, of the small shape's
 FORWARD = 3.0  # encoding is so much faster than training
 SUITE_TEXTS = {"smoke": 400, "basic": 11_000, "wide": 18_000, "all": 52_000}  # to encode
+
+
+def _contents(folder: Path) -> str:
+    """Changes when a file in it does; a copy of the folder, or one with other times, is the same."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [str(path.relative_to(folder)) for path in files]
+    return json.dumps(list(zip(names, sha256_of(files), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Kinds:
             ["python", "-m", "drama.evidence.data", *source, "--crops",
              str(self.scale.crops), "--asked", str(self.scale.queries), "--out", f"{OUT}/data"],
         ], recipes=["drama/evidence/data.py"],
-            inputs=str(stamp(self.data)) if self.data is not None else "")  # fmt: skip
+            inputs=_contents(self.data) if self.data is not None else "")  # fmt: skip
 
     @cached_property
     def llm_path(self) -> str:
