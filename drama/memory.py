@@ -65,7 +65,11 @@ def keep_freed_memory() -> None:
     By default every large tensor is mapped from the kernel and given back when it dies: zeroed page
     by page, each time. A training step allocates the same tensors again and again; without this it
     is a fifth slower on a CPU. Elsewhere than on glibc nothing happens.
+
+    Call it before TensorBoard is imported: the C runtime of its protobuf messages trims the whole
+    heap after every 10,000 pieces that it frees; that in Python, 0.1 ms slower a value, does not.
     """
+    os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
     libc = _libc()
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)

@@ -21,7 +21,7 @@ SUITE_TEXTS = {"smoke": 400, "basic": 11_000, "wide": 18_000, "all": 52_000}  # 
 
 
 def _contents(folder: Path) -> str:
-    """Changes when a file in it does; a copy of the folder, or one with other times, is the same."""
+    """Changes when a file in it does; a copy of the folder is the same."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [str(path.relative_to(folder)) for path in files]
     return json.dumps(list(zip(names, sha256_of(files), strict=True)))
