@@ -47,6 +47,11 @@ class PackedLayout:
     def max_seqlen(self) -> int:
         return max(self.lengths)
 
+    @functools.cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """Lengths, and how many neighbours have each."""
+        return [(length, len(list(group))) for length, group in itertools.groupby(self.lengths)]
+
     @property
     def cu_queries(self) -> Tensor:
         """int32 [B + 1], where every sequence's queries lie."""
@@ -83,7 +88,8 @@ def varlen_attention(
     H is a multiple of G. Causal or bidirectional as the layout says; with its `last_query` the
     queries are [B, H, E].
     """
-    layout = replace(layout, causal=layout.causal and not layout.last_query)
+    if layout.causal and layout.last_query:
+        layout = replace(layout, causal=False)
     choice, _ = choose_backend(q_THE.device.type, q_THE.dtype)
     if choice == "flash-attn varlen":
         from flash_attn import flash_attn_varlen_func
@@ -140,7 +146,7 @@ def _sdpa_per_sequence(
     if q_THE.is_cuda:  # the kernel with linear memory takes no groups in float32
         group = q_THE.shape[1] // k_TGE.shape[1]
         k_TGE, v_TGE = (x.repeat_interleave(group, 1) for x in (k_TGE, v_TGE))
-    runs = [(length, len(list(group))) for length, group in itertools.groupby(layout.lengths)]
+    runs = layout.runs
     sizes = [length * count for length, count in runs]
     query_sizes = [count for _, count in runs] if layout.last_query else sizes
     outputs = []

@@ -2,7 +2,8 @@
 
 The same mathematics as `drama.blocks`, for weights that no longer change:
 
-    x = h / sqrt(mean(h^2) + eps)            the norm's weight is a factor of the next product's
+    x = h / hypot(|h|, sqrt(D eps))          the norm's weight, and sqrt(D), are factors of the next
+                                             product's: this is h / sqrt(mean(h^2) + eps)
     q, k, v = x W_qkv                        one product
     q, k = turned (q, k)                     RoPE, both at once
     h = h + attention(q, k, v) W_o           the sum is part of the product
@@ -37,13 +38,14 @@ class _Product(NamedTuple):
 
 @dataclass(frozen=True)
 class _Block:
-    """head_norms: weights [E] of the norms of q and k, and their eps."""
+    """floor, ffn_floor: sqrt(D eps) of the norms. head_norms: weights [E] of the norms of q and k,
+    times sqrt(E), and sqrt(E eps)."""
 
-    eps: float
+    floor: Tensor
     qkv: _Product
-    head_norms: tuple[Tensor, Tensor, float] | None
+    head_norms: tuple[Tensor, Tensor, Tensor] | None
     out: _Product
-    ffn_eps: float
+    ffn_floor: Tensor
     gate: _Product
     up: _Product
     down: _Product
@@ -83,7 +85,8 @@ class PrepackedBlocks:
 
     def _take(self, layer: Any) -> _Block:
         attention, mlp = layer.self_attn, layer.mlp
-        before_D, between_D = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        before_D, floor = _norm(layer.input_layernorm)
+        between_D, ffn_floor = _norm(layer.post_attention_layernorm)
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         qkv = torch.cat([p.weight for p in projections]) * before_D
         bias = None
@@ -91,14 +94,13 @@ class PrepackedBlocks:
             bias = torch.cat([p.bias for p in projections])
         norms = None
         if hasattr(attention, "q_norm"):  # Qwen3 norms every head
-            q_E, k_E = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
-            norms = q_E, k_E, float(attention.q_norm.variance_epsilon)
+            norms = _norm(attention.q_norm)[0], *_norm(attention.k_norm)
         return _Block(
-            eps=float(layer.input_layernorm.variance_epsilon),
+            floor=floor,
             qkv=_prepack(qkv, bias),
             head_norms=norms,
             out=_prepack(attention.o_proj.weight, attention.o_proj.bias),
-            ffn_eps=float(layer.post_attention_layernorm.variance_epsilon),
+            ffn_floor=ffn_floor,
             gate=_prepack(mlp.gate_proj.weight * between_D, mlp.gate_proj.bias),
             up=_prepack(mlp.up_proj.weight * between_D, mlp.up_proj.bias),
             down=_prepack(mlp.down_proj.weight, mlp.down_proj.bias),
@@ -113,10 +115,11 @@ class PrepackedBlocks:
         rotary = backbone.rotary_emb(hidden_TD[None], position_ids=batch.position_ids_T[None])
         cos_T1E, sin_T1E = (x[0][:, None] for x in rotary)
         turn = cos_T1E, sin_T1E[..., : self.head_dim // 2].contiguous()
-        for number, block in enumerate(self.blocks):
-            last = last_token_only and number == len(self.blocks) - 1
-            hidden_TD = self._run(block, hidden_TD, turn, layout, last)
-        return hidden_TD
+        for block in self.blocks[:-1]:
+            hidden_TD = self._run(block, hidden_TD, turn, layout)
+        if last_token_only:
+            layout = replace(layout, last_query=True)
+        return self._run(self.blocks[-1], hidden_TD, turn, layout)
 
     def _run(
         self,
@@ -124,26 +127,22 @@ class PrepackedBlocks:
         hidden_TD: Tensor,
         turn: tuple[Tensor, Tensor],
         layout: PackedLayout,
-        last: bool,
     ) -> Tensor:
-        """The states after a block; with `last` those of every sequence's last token."""
-        rows = _product(_unit(hidden_TD, block.eps), block.qkv).unflatten(1, (-1, self.head_dim))
-        turned = self.heads + self.kv_heads
-        qk, v_TGE = rows[:, :turned], rows[:, turned:]
+        """The states after a block, of the tokens that ask."""
+        rows = _product(_unit(hidden_TD, block.floor), block.qkv).unflatten(1, (-1, self.head_dim))
+        qk, v_TGE = rows.split((self.heads + self.kv_heads, self.kv_heads), 1)
         if block.head_norms is not None:
-            q_E, k_E, eps = block.head_norms
-            qk = _unit(qk, eps)
+            q_E, k_E, floor = block.head_norms
+            qk = _unit(qk, floor)
             qk[:, : self.heads] *= q_E
             qk[:, self.heads :] *= k_E
-        qk = _turned(qk, *turn)
-        q_THE, k_TGE = qk[:, : self.heads], qk[:, self.heads :]
-        if last:
+        q_THE, k_TGE = _turned(qk, *turn).split((self.heads, self.kv_heads), 1)
+        if layout.last_query:
             last_B = layout.cu_seqlens[1:].long() - 1
             q_THE, hidden_TD = q_THE[last_B], hidden_TD[last_B]
-            layout = replace(layout, last_query=True)
         out_THE = varlen_attention(q_THE, k_TGE, v_TGE, layout, self.scale)
         hidden_TD = _product_and(out_THE.flatten(1), block.out, "add", hidden_TD)
-        normed_TD = _unit(hidden_TD, block.ffn_eps)
+        normed_TD = _unit(hidden_TD, block.ffn_floor)
         gate_TF = _product(normed_TD, block.gate, "swish")
         return _product_and(
             _product_and(normed_TD, block.up, "mul", gate_TF), block.down, "add", hidden_TD
@@ -155,16 +154,24 @@ def _turned(x_TNE: Tensor, cos_T1E: Tensor, sin_T1e: Tensor) -> Tensor:
     otherwise than a full vector: so torch's complex product gave other bits with three threads."""
     half = sin_T1e.shape[-1]
     turned_TNE = x_TNE * cos_T1E
-    turned_TNE[..., :half] -= x_TNE[..., half:] * sin_T1e
-    turned_TNE[..., half:] += x_TNE[..., :half] * sin_T1e
+    low, high = x_TNE.split(half, -1)
+    turned_low, turned_high = turned_TNE.split(half, -1)
+    turned_low.sub_(high * sin_T1e)
+    turned_high.add_(low * sin_T1e)
     return turned_TNE
 
 
-def _unit(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) along the last axis, of W numbers."""
-    width = x.shape[-1]
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * norm.square().add_(width * eps).rsqrt_().mul_(width**0.5)
+def _norm(norm: Any) -> tuple[Tensor, Tensor]:
+    """The factor [W] of what `_unit` gives, and the floor that it takes."""
+    weight_W = norm.weight.detach()
+    width = len(weight_W)
+    floor = torch.tensor((width * norm.variance_epsilon) ** 0.5, dtype=weight_W.dtype)
+    return weight_W * width**0.5, floor
+
+
+def _unit(x: Tensor, floor: Tensor) -> Tensor:
+    """x / hypot(|x|, floor) along the last axis."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)
 
 
 def _prepack(weight_OI: Tensor, bias_O: Tensor | None) -> _Product:
