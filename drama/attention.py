@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import inspect
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,10 +151,9 @@ def _sdpa_per_sequence(
     sizes = [length * count for length, count in runs]
     query_sizes = [count for _, count in runs] if layout.last_query else sizes
     outputs = []
-    for (_, count), q, k, v in zip(
-        runs, q_THE.split(query_sizes), k_TGE.split(sizes), v_TGE.split(sizes), strict=True
-    ):
-        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
+    parts = (_parts(q_THE, query_sizes), _parts(k_TGE, sizes), _parts(v_TGE, sizes))
+    for (_, count), *qkv in zip(runs, *parts, strict=True):
+        q, k, v = (x.view(count, -1, *x.shape[1:]).transpose(1, 2) for x in qkv)
         if layout.last_query:
             outputs.append(_one_query(q, k, v, scale))
             continue
@@ -161,7 +161,12 @@ def _sdpa_per_sequence(
             q, k, v, scale=scale, is_causal=layout.causal, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).to(dtype)
+    out_THE = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out_THE.to(dtype)
+
+
+def _parts(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return (x,) if len(sizes) == 1 else torch.split_with_sizes(x, sizes)
 
 
 def _one_query(q_CH1E: Tensor, k_CGLE: Tensor, v_CGLE: Tensor, scale: float) -> Tensor:

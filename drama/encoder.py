@@ -137,6 +137,9 @@ class Encoder(nn.Module):
         execution, norm = self.execution, self.backbone.norm
         at_last = execution.pooled_last_block and self.settings.pooling == "last"
         hidden_XD = self.hidden_states(batch, last_token_only=at_last)
+        if at_last and not torch.is_grad_enabled():  # one row a sequence: nothing is left to pool
+            last_BD: Tensor = norm(hidden_XD)
+            return last_BD
         cu_seqlens = batch.cu_seqlens
         if at_last:  # what is left is one row a sequence
             cu_seqlens = torch.arange(

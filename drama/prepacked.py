@@ -82,6 +82,7 @@ class PrepackedBlocks:
                 if isinstance(module, nn.Linear):
                     del module.weight  # else all are held twice
         backbone.register_state_dict_pre_hook(_refuse)
+        self.table: tuple[Tensor, Tensor] | None = None  # of RoPE
 
     def _take(self, layer: Any) -> _Block:
         attention, mlp = layer.self_attn, layer.mlp
@@ -112,14 +113,31 @@ class PrepackedBlocks:
         """As `drama.blocks.run_blocks`, without gradients."""
         layout = PackedLayout(batch.cu_seqlens, batch.lengths, causal=causal)
         hidden_TD = backbone.embed_tokens(batch.input_ids_T)
-        rotary = backbone.rotary_emb(hidden_TD[None], position_ids=batch.position_ids_T[None])
-        cos_T1E, sin_T1E = (x[0][:, None] for x in rotary)
-        turn = cos_T1E, sin_T1E[..., : self.head_dim // 2].contiguous()
+        turn = self._turn(backbone.rotary_emb, batch)
         for block in self.blocks[:-1]:
             hidden_TD = self._run(block, hidden_TD, turn, layout)
         if last_token_only:
             layout = replace(layout, last_query=True)
         return self._run(self.blocks[-1], hidden_TD, turn, layout)
+
+    def _turn(self, rotary: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Cosines [T, 1, E] and sines [T, 1, E / 2], out of a table: made anew they are a fiftieth
+        of a short query. Where they depend on the longest text they cannot stand in one."""
+        kind, most = rotary.rope_type, max(batch.lengths)
+        if "dynamic" in kind or kind == "longrope":
+            return self._turn_of(rotary, batch.position_ids_T)
+        table = self.table
+        if table is None or most > len(table[0]):
+            self.table = table = self._turn_of(rotary, torch.arange(2 * most))
+        cos_P1E, sin_P1e = table  # not self's, which another thread may have made smaller
+        if len(batch.lengths) == 1:
+            return cos_P1E[:most], sin_P1e[:most]
+        return cos_P1E[batch.position_ids_T], sin_P1e[batch.position_ids_T]
+
+    def _turn_of(self, rotary: Any, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_11 = torch.empty(1, 1)  # gives the type
+        cos_T1E, sin_T1E = (x[0][:, None] for x in rotary(hidden_11, positions_T[None]))
+        return cos_T1E, sin_T1E[..., : self.head_dim // 2].contiguous()
 
     def _run(
         self,
@@ -129,14 +147,17 @@ class PrepackedBlocks:
         layout: PackedLayout,
     ) -> Tensor:
         """The states after a block, of the tokens that ask."""
-        rows = _product(_unit(hidden_TD, block.floor), block.qkv).unflatten(1, (-1, self.head_dim))
-        qk, v_TGE = rows.split((self.heads + self.kv_heads, self.kv_heads), 1)
+        rows = _product(_unit(hidden_TD, block.floor), block.qkv)
+        turned = self.heads + self.kv_heads
+        qk, v_TGE = torch.split_with_sizes(
+            rows.view(len(rows), -1, self.head_dim), (turned, self.kv_heads), 1
+        )
         if block.head_norms is not None:
             q_E, k_E, floor = block.head_norms
             qk = _unit(qk, floor)
             qk[:, : self.heads] *= q_E
             qk[:, self.heads :] *= k_E
-        q_THE, k_TGE = _turned(qk, *turn).split((self.heads, self.kv_heads), 1)
+        q_THE, k_TGE = torch.split_with_sizes(_turned(qk, *turn), (self.heads, self.kv_heads), 1)
         if layout.last_query:
             last_B = layout.cu_seqlens[1:].long() - 1
             q_THE, hidden_TD = q_THE[last_B], hidden_TD[last_B]
@@ -152,10 +173,9 @@ class PrepackedBlocks:
 def _turned(x_TNE: Tensor, cos_T1E: Tensor, sin_T1e: Tensor) -> Tensor:
     """RoPE. No product and sum in one operation, which a last odd number of a thread would round
     otherwise than a full vector: so torch's complex product gave other bits with three threads."""
-    half = sin_T1e.shape[-1]
     turned_TNE = x_TNE * cos_T1E
-    low, high = x_TNE.split(half, -1)
-    turned_low, turned_high = turned_TNE.split(half, -1)
+    low, high = x_TNE.chunk(2, -1)
+    turned_low, turned_high = turned_TNE.chunk(2, -1)
     turned_low.sub_(high * sin_T1e)
     turned_high.add_(low * sin_T1e)
     return turned_TNE

@@ -34,13 +34,14 @@ def interleaved(
     *,
     seconds: float,
     rounds: int = 60,
-    single: bool = False,
+    single: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds of every run, the candidates in turn, after one round that does not count.
 
     Each round has an order of its own: whoever runs behind the same one every time inherits its
-    caches. Runs below 2 ms are timed several calls at a time, but for `single`, where the tails
-    count. At least three rounds, at most `rounds`, and none is begun after `seconds`.
+    caches. Runs below 2 ms are timed several calls at a time; with `single`, where the tails
+    count, a turn is so many calls, each timed by itself. At least three rounds, at most `rounds`,
+    and none is begun after `seconds`.
     """
     calls = {name: _calls(run, device) for name, run in runs.items()}
     if single:
@@ -53,7 +54,8 @@ def interleaved(
             break
         chance.shuffle(order)
         for name in order:
-            times[name].append(_seconds(runs[name], device, calls[name]))
+            for _ in range(single or 1):
+                times[name].append(_seconds(runs[name], device, calls[name]))
     return times
 
 

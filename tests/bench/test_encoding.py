@@ -148,9 +148,9 @@ def test_single_calls_are_timed_one_by_one():
         nonlocal calls
         calls += 1
 
-    times = interleaved({"a": run}, CPU, seconds=0.0, rounds=5, single=True)
-    assert len(times["a"]) == 3
-    assert calls == 2 + 3  # two that find out how long it takes
+    times = interleaved({"a": run}, CPU, seconds=0.0, rounds=5, single=4)
+    assert len(times["a"]) == 3 * 4
+    assert calls == 2 + 3 * 4  # two that find out how long it takes
 
 
 def test_drawn_vectors_have_norm_one_and_neighbours():
