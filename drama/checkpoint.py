@@ -203,11 +203,13 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def missing(checkpoint: Path) -> list[str]:
     """Files of a checkpoint that are missing or have another size than its list says, or that it
-    does not name where DeepSpeed looks; the list itself where it is not as it was written."""
+    does not name where DeepSpeed looks; the list itself where it is not as it was written, or of
+    another step than the folder's name."""
     try:
         state = read_state(checkpoint)
         sizes = state["files"].items()
-        if state["digest"] != _digest(state):
+        # a folder that somebody renamed would train the wrong steps' batches
+        if state["digest"] != _digest(state) or state["step"] != step_of(checkpoint):
             return [STATE]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return [STATE]

@@ -16,6 +16,8 @@ from drama.data.reading import BadRecord
 from drama.data.stream import ShardSet
 from drama.errors import UserError
 from drama.files import replacing
+from drama.full_disk import FullDisk
+from drama.metrics import step_of_line
 from drama.stopping import SIGNALS
 
 T = TypeVar("T")
@@ -97,15 +99,15 @@ class BadRecords:
     def forget(self, first_step: int) -> None:
         """Drop the lines of steps that are taken once more."""
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] < first_step]
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+            kept = [line + "\n" for line in lines if step_of_line(line) < first_step]
             with replacing(self.path) as temporary:
                 temporary.write_text("".join(kept), encoding="utf-8")
 
     def report(self, step: int, records: Sequence[BadRecord]) -> None:
-        """Append what the batch of a step lacks."""
+        """Append what the batch of a step lacks; where the disk is full it is not listed."""
         for bad in records:
             line = {"step": step, "record": bad.index, "reason": bad.reason, "error": bad.message}
             text = json.dumps(line, ensure_ascii=False) + "\n"
-            with self.path.open("ab") as file:
+            with FullDisk().noted(), self.path.open("ab") as file:
                 file.write(text.encode(errors="backslashreplace"))

@@ -142,7 +142,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, first_step: int) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) < first_step]
+            kept = [
+                line for line in path.read_text().splitlines() if step_of_line(line) < first_step
+            ]
             with replacing(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
@@ -208,8 +210,9 @@ class StepLog:
             self._where_it_fits(self.file.close)
 
 
-def _step(line: str) -> float:
+def step_of_line(line: str) -> float:
+    """The step that a line of JSON is of; infinite for one that a kill or a full disk cut short."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):  # the line that a kill cut short
+    except (ValueError, KeyError, TypeError):
         return float("inf")

@@ -119,6 +119,15 @@ def test_one_with_a_file_of_another_size_is_not_whole(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_folder_that_was_renamed_is_not_taken_for_a_later_step(tmp_path):
+    """It would go on with the data of the step that its name says."""
+    for step in (2, 4):
+        write(tmp_path, step)
+    (tmp_path / "step-2").rename(tmp_path / "step-6")
+    assert faults(tmp_path / "step-6") == [STATE]
+    assert [path.name for path in sound_checkpoints(tmp_path, ALONE)] == ["step-4"]
+
+
 @pytest.mark.parametrize("name", ["zero/weights.pt", STATE])
 def test_every_flipped_bit_is_found_and_the_checkpoint_before_it_taken(tmp_path, capfd, name):
     for step in (2, 4):

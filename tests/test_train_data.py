@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from drama.data.reading import BadRecord
 from drama.data.sharding import ShardingOptions, shard_sources
 from drama.data.sources import Source, read_source
 from drama.data.writer import write_shards
+from drama.loading import BadRecords
 from drama.testing import read_metrics, run_alone
 
 ROOT = Path(__file__).parents[1]
@@ -111,3 +113,14 @@ def test_damaged_records_are_left_out_counted_and_listed(
         hurt = line["step"] in [entry["step"] for entry in bad]
         assert line["pairs"] == 16 - hurt
         assert line.get("bad") == ({"damaged shard": 1} if hurt else None)
+
+
+def test_a_line_of_bad_records_that_was_cut_short_does_not_keep_a_run_from_going_on(tmp_path):
+    """By a disk that was full; a message may hold what Python, not JSON, takes for a line's end."""
+    bad = BadRecords(tmp_path)
+    for step in (2, 5):
+        bad.report(step, [BadRecord(7, "damaged", "a\u2028b")])
+    kept = bad.path.read_bytes().splitlines(keepends=True)[0]
+    bad.path.write_bytes(bad.path.read_bytes() + b'{"step": 3, "rec')
+    bad.forget(4)
+    assert bad.path.read_bytes() == kept

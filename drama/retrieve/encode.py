@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Literal
 
 from drama.errors import UserError
 from drama.retrieve.corpus import Corpus, read_windows
-from drama.retrieve.fill import Window, begin_vectors, fill_vectors, filling, inputs_of
+from drama.retrieve.fill import (
+    Window,
+    begin_vectors,
+    fill_vectors,
+    filling,
+    inputs_of,
+    needs_filling,
+)
 from drama.retrieve.models import TOKEN_BUDGET, Model, Precision, open_model
 from drama.retrieve.vectors import Vectors, VectorsManifest, read_vectors
 from drama.tokenizer import Kind
@@ -78,7 +85,7 @@ def encode_corpus(
 
     def begin() -> None:
         (corpus,) = scanned
-        if overwrite or not (folder / "manifest.json").is_file():  # else nothing is written
+        if overwrite or needs_filling(folder):
             lock.enter_context(filling(folder))
         manifest = VectorsManifest(
             model=str(Path(opened.path).resolve()),

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from drama.distributed import Ranks  # DeepSpeed is slow to import
 
 IDS = "ids.txt"
+LOCK = ".lock"
+_WHILE_HALF = ("progress.json", "done.bin")
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,19 @@ def filling(folder: Path) -> Iterator[None]:
         UserError: another job writes there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / ".lock"
+    lock = folder / LOCK
     with locked(lock):
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def needs_filling(folder: Path) -> bool:
+    """Whether `fill_vectors` is going to write there: vectors, or the end of a job that was killed
+    when they were whole."""
+    whole = (folder / "manifest.json").is_file()
+    return not whole or any((folder / name).exists() for name in (*_WHILE_HALF, LOCK))
 
 
 def begin_vectors(
@@ -126,19 +135,25 @@ def fill_vectors(
     """
     if (folder / "manifest.json").is_file():
         console.print(f"{folder}: the vectors are there already", markup=False, soft_wrap=True)
+        _clear(folder)
         return
     manifest = _inputs(folder)
     _work(folder, manifest, windows, embed, unit, ranks)
 
     def close() -> None:
         manifest.write(folder / "manifest.json")
-        for name in ("progress.json", "done.bin"):
-            (folder / name).unlink()
+        _clear(folder)
 
     if ranks is None:
         close()
     else:
         ranks.on_main(close)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a whole folder has no more use for; a job may be killed before it has done so."""
+    for name in _WHILE_HALF:
+        (folder / name).unlink(missing_ok=True)
 
 
 def inputs_of(folder: Path) -> VectorsManifest:

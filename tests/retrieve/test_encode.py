@@ -265,6 +265,20 @@ def test_the_holes_that_several_ranks_leave_are_filled(jsonl, model, tmp_path):
     assert not (folder / "done.bin").exists()
 
 
+@pytest.mark.parametrize(
+    "left", [("progress.json", "done.bin", ".lock"), ("done.bin",), (".lock",)]
+)
+def test_what_is_left_by_a_kill_after_the_last_window_goes(dataset, model, tmp_path, left):
+    """The manifest vouches for the vectors; nothing of the work may lie beside them."""
+    folder = tmp_path / "v"
+    encode_corpus(dataset, model, folder)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in left:
+        (folder / name).write_bytes(b"\x01")
+    encode_corpus(dataset, model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
 @pytest.mark.slow
 def test_too_many_ranks_or_too_few_windows_hurt_nobody(dataset, model, tmp_path):
     """Three ranks, one window: two of them have nothing to do."""
