@@ -140,7 +140,8 @@ def save(
                     _remove(path)
     if not full.anywhere(engine):
         return
-    free = shutil.disk_usage(folder).free if main else 0
+    there = folder if folder.exists() else folder.parent  # there may have been no room for it
+    free = shutil.disk_usage(there).free if main else 0
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
     size = f"about {needed:,} bytes are needed, " if needed else ""

@@ -3,12 +3,15 @@
 import subprocess
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from drama.checkpoint import faults, whole_checkpoints
+from drama.checkpoint import Keep, faults, save, whole_checkpoints
 from drama.data.sources import read_source
 from drama.data.writer import write_shards
+from drama.errors import UserError
+from drama.recipe import Recipe
 from drama.testing import read_metrics, run_alone, run_deepspeed
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +29,9 @@ def mounted(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
 
-    def mount(size: int) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    def mount(size: int, inodes: int = 0) -> Path:
+        options = f"size={size},nr_inodes={inodes}"  # 0: as many as there is room for
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"a small file system takes the right to mount one: {done.stderr.strip()}")
@@ -76,6 +80,23 @@ def test_the_last_checkpoint_stays_whole(world, small_disk, ballast, on_full_dis
     going_on = said.count("training goes on and tries again")
     assert going_on == ({0: 1, 0.8: 2}[ballast] if on_full_disk == "go_on" else 0)
     assert len(read_metrics(run)) == (6 if on_full_disk == "go_on" else 4)
+
+
+def test_not_even_the_folder_of_checkpoints_fits(mounted):
+    """A disk without room for one more name, at the first save of a run."""
+    folder = mounted(1_000_000, inodes=1) / "checkpoints"
+    engine = SimpleNamespace(global_rank=0, world_size=1)
+    recipe = Recipe.from_tree(
+        {
+            "name": "tiny", "output": "runs/tiny", "model": {"path": "model"},
+            "data": {"shards": ["shards"]}, "train": {"steps": 9, "batch_size": 64},
+        }
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"step-2: the checkpoint cannot be written, the disk is f"):
+        save(
+            *(engine, folder, 2),
+            recipe=recipe, inputs={}, extra={}, keep=Keep(2), write_model=lambda path: path.mkdir(),
+        )  # fmt: skip
 
 
 @pytest.mark.slow
