@@ -223,11 +223,15 @@ def missing(checkpoint: Path) -> list[str]:
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """Files of a checkpoint that are missing, or do not hold what was written; reads all of it."""
+    """Files of a checkpoint that are missing, cannot be read, or do not hold what was written; reads
+    all of it."""
     if names := missing(checkpoint):
         return names
     wanted = read_state(checkpoint)["sha256"]
-    found = sha256_of([checkpoint / name for name in wanted])
+    try:
+        found = sha256_of([checkpoint / name for name in wanted])
+    except OSError as error:  # no right to read it, a bad sector
+        return [str(Path(error.filename).relative_to(checkpoint)) if error.filename else str(error)]
     return [name for name, ours in zip(wanted, found, strict=True) if ours != wanted[name]]
 
 

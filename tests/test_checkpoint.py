@@ -1,7 +1,9 @@
 """Which checkpoints are whole, and which stay."""
 
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +128,21 @@ def test_a_folder_that_was_renamed_is_not_taken_for_a_later_step(tmp_path):
     (tmp_path / "step-2").rename(tmp_path / "step-6")
     assert faults(tmp_path / "step-6") == [STATE]
     assert [path.name for path in sound_checkpoints(tmp_path, ALONE)] == ["step-4"]
+
+
+def test_a_file_that_cannot_be_read_is_named():
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folder is closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        write(folder, 2)
+        (folder / "step-2" / "zero" / "weights.pt").chmod(0)
+        if was_root := os.geteuid() == 0:  # who may read everything
+            os.seteuid(65534)
+        try:
+            assert faults(folder / "step-2") == ["zero/weights.pt"]
+        finally:
+            if was_root:
+                os.seteuid(0)
 
 
 @pytest.mark.parametrize("name", ["zero/weights.pt", STATE])
