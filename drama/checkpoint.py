@@ -223,8 +223,10 @@ def missing(checkpoint: Path) -> list[str]:
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """Files of a checkpoint that are missing, cannot be read, or do not hold what was written; reads
-    all of it."""
+    """Files of a checkpoint that are missing, cannot be read, or do not hold what was written.
+
+    Reads all of it.
+    """
     if names := missing(checkpoint):
         return names
     wanted = read_state(checkpoint)["sha256"]
