@@ -195,8 +195,9 @@ class OurModel(Model):
             )
 
         with _one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
-            needed = count_chunks(lengths, token_budget)
-            chunks = even_chunks(lengths, max(needed, min(workers, len(prepared))))
+            # as many for each worker: three chunks take two of them as long as four
+            rounds = -(-count_chunks(lengths, token_budget) // workers)
+            chunks = even_chunks(lengths, min(rounds * workers, len(prepared)))
             list(pool.map(fill, chunks))
         return vectors_BD
 
