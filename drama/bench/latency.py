@@ -1,9 +1,9 @@
 """How long a query waits: text to vector, a few texts at a time, ours beside the others.
 
 Every way embeds the same texts of exactly so many tokens. It is first held against transformers'
-own forward in float32; one that is off gets no time. A turn of few tokens is eight calls in a row,
-as in a server that does nothing else, timed one by one, so that the slow ones are seen too: median
-(p50), 95th and 99th percentile. Tokenising and the model alone are timed apart.
+own forward in float32; one that is off gets no time. A turn is a quarter of a second of calls, as in
+a server that does nothing else, timed one by one, so that the slow ones are seen too: median (p50),
+95th and 99th percentile. Tokenising and the model alone are timed apart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from drama.bench.retrievers import Way, check, exact_texts, open_ways, read_texts, reference
 from drama.bench.rows import Rows, interleaved
 from drama.encoder import Encoder
-from drama.retrieve.models import FEW_TOKENS
 
 DISTINCT = 8  # batches of texts, taken in turn
 
@@ -83,8 +82,7 @@ def _measure_case(
         whole[way.name] = _in_turn(way.encode, groups)
         parts[f"{way.name}|tokenise"] = _in_turn(way.tokenize, groups)
         parts[f"{way.name}|embed"] = _in_turn(way.embed, [way.tokenize(g) for g in groups])
-    in_a_row = len(groups) if len(groups[0]) * tokens <= FEW_TOKENS else 1
-    times = interleaved(whole, device, seconds=seconds, rounds=rounds, single=in_a_row)
+    times = interleaved(whole, device, seconds=seconds, rounds=rounds, single=True)
     dtypes = {way.name: way.dtype for way in ways}
     for name, spent in times.items():
         ms, facts = [1e3 * second for second in spent], config | {"dtype": dtypes[name]}
@@ -92,7 +90,7 @@ def _measure_case(
         for percent in (95, 99):
             rows.add(name, "whole", f"ms p{percent}", x, [float(np.percentile(ms, percent))], facts)
         note(f"{x}  {name}: p50 {np.median(ms):.2f} ms, p99 {np.percentile(ms, 99):.2f}")
-    times = interleaved(parts, device, seconds=seconds / 2, rounds=rounds, single=in_a_row)
+    times = interleaved(parts, device, seconds=seconds / 2, rounds=rounds, single=True)
     for key, spent in times.items():
         name, mode = key.split("|")
         facts = config | {"dtype": dtypes[name]}

@@ -28,20 +28,23 @@ COLUMNS = (
 )  # fmt: skip
 
 
+TURN_S = 0.25
+
+
 def interleaved(
     runs: Mapping[str, Callable[[], None]],
     device: torch.device,
     *,
     seconds: float,
     rounds: int = 60,
-    single: int = 0,
+    single: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of every run, the candidates in turn, after one round that does not count.
 
     Each round has an order of its own: whoever runs behind the same one every time inherits its
     caches. Runs below 2 ms are timed several calls at a time; with `single`, where the tails
-    count, a turn is so many calls, each timed by itself. At least three rounds, at most `rounds`,
-    and none is begun after `seconds`.
+    count, a turn is a quarter of a second of calls, each timed by itself. At least three rounds, at
+    most `rounds`, and none is begun after `seconds`.
     """
     calls = {name: _calls(run, device) for name, run in runs.items()}
     if single:
@@ -54,8 +57,10 @@ def interleaved(
             break
         chance.shuffle(order)
         for name in order:
-            for _ in range(single or 1):
-                times[name].append(_seconds(runs[name], device, calls[name]))
+            turn = time.perf_counter()
+            times[name].append(_seconds(runs[name], device, calls[name]))
+            while single and time.perf_counter() - turn < TURN_S:
+                times[name].append(_seconds(runs[name], device, 1))
     return times
 
 

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -141,16 +142,17 @@ def test_the_floor_is_the_models_matrix_products(model):
     assert counter.get_total_flops() == want
 
 
-def test_single_calls_are_timed_one_by_one():
-    calls = 0
+def test_single_calls_are_timed_one_by_one_for_a_while():
+    spent = []
 
     def run() -> None:
-        nonlocal calls
-        calls += 1
+        spent.append(0.05 if len(spent) % 7 else 0.1)
+        time.sleep(spent[-1])
 
-    times = interleaved({"a": run}, CPU, seconds=0.0, rounds=5, single=4)
-    assert len(times["a"]) == 3 * 4
-    assert calls == 2 + 3 * 4  # two that find out how long it takes
+    times = interleaved({"a": run}, CPU, seconds=0.0, rounds=5, single=True)["a"]
+    assert len(times) == len(spent) - 2  # two that find out how long it takes
+    assert len(times) >= 3 * 3
+    np.testing.assert_array_less(spent[2:], times)
 
 
 def test_drawn_vectors_have_norm_one_and_neighbours():
