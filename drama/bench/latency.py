@@ -1,9 +1,9 @@
 """How long a query waits: text to vector, a few texts at a time, ours beside the others.
 
 Every way embeds the same texts of exactly so many tokens. It is first held against transformers'
-own forward in float32; one that is off gets no time. A turn is a quarter of a second of calls, as in
-a server that does nothing else, timed one by one, so that the slow ones are seen too: median (p50),
-95th and 99th percentile. Tokenising and the model alone are timed apart.
+own forward in float32; one that is off gets no time. A turn is a quarter of a second of calls, as
+in a server that does nothing else, timed one by one, so that the slow ones are seen too: median
+(p50), 95th and 99th percentile. Tokenising and the model alone are timed apart.
 """
 
 from __future__ import annotations
