@@ -97,7 +97,10 @@ def _theirs(folder: Path, device: torch.device) -> Way:
     )
 
     def tokenize(texts: list[str]) -> dict[str, torch.Tensor]:
-        found = model.tokenizer(texts, padding=True, return_tensors="pt")
+        found = model.tokenizer(
+            texts, padding=True, truncation=True, max_length=model.max_seq_length,
+            return_tensors="pt",
+        )  # fmt: skip
         return {name: found[name].to(device) for name in ("input_ids", "attention_mask")}
 
     @torch.inference_mode()
