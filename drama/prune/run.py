@@ -196,7 +196,7 @@ def prune(
         report = replace(report, vocabulary=replace(vocabulary.report, bits_per_byte=tuple(bits)))
         console.print(f"bits per byte {bits_line(bits)}")
     report = replace(report, out=out, seconds=time.perf_counter() - start)
-    # no place and no clock: the folder's hash, which checkpoints and vectors hold, is of the cut alone
+    # no place, no clock: checkpoints and vectors hold the folder's hash, and it is of the cut alone
     left_out = {"out", "seconds", "tokens_per_s"}
     facts |= {key: value for key, value in asdict(report).items() if key not in left_out}
     write_model(small, tokenizer, facts, out)
