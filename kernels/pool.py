@@ -70,7 +70,7 @@ def pool_last(
             an empty sequence.
     """
     _check(hidden_TD, cu_seqlens, weight_D)
-    return _pooled(hidden_TD, cu_seqlens, weight_D, "last", eps, normalize, backend)
+    return _pool(hidden_TD, cu_seqlens, weight_D, "last", eps, normalize, backend)[0]
 
 
 def pool_mean(
@@ -85,7 +85,7 @@ def pool_mean(
     """Return the mean state of every sequence, [B, D]: of the normed states, where `weight_D` is
     given. Arguments and errors as in `pool_last`."""
     _check(hidden_TD, cu_seqlens, weight_D)
-    return _pooled(hidden_TD, cu_seqlens, weight_D, "mean", eps, normalize, backend)
+    return _pool(hidden_TD, cu_seqlens, weight_D, "mean", eps, normalize, backend)[0]
 
 
 class PooledNorm(nn.Module):
@@ -168,18 +168,6 @@ def _check(hidden_TD: Tensor, cu_seqlens: Tensor, weight_D: Tensor | None) -> No
 def _module(backend: str, hidden_TD: Tensor) -> Any:
     """The module with `forward` and `backward`; Triton's is imported only where it is used."""
     return importlib.import_module(f"drama.kernels.pool_{choose_backend(backend, hidden_TD)}")
-
-
-def _pooled(hidden_TD: Tensor, *rest: Any) -> Tensor:
-    """The arguments of `_pool`. Without gradients the operator is left out: a tenth of a
-    millisecond, which a single query notices."""
-    out_BD: Tensor
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        out_BD = _pool(hidden_TD, *rest)[0]
-    else:
-        *arguments, backend = rest
-        out_BD = _module(backend, hidden_TD).forward(hidden_TD, *arguments)[0]
-    return out_BD
 
 
 @torch.library.custom_op("drama::pool", mutates_args=())

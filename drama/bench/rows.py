@@ -26,9 +26,7 @@ COLUMNS = (
     "kernel", "provider", "mode", "metric", "x", "median", "p20", "p80",
     "config", "device", "versions", "commit", "date",
 )  # fmt: skip
-
-
-TURN_S = 0.25
+TURN_S = 0.25  # seconds of single calls of one candidate, before the next one's
 
 
 def interleaved(
@@ -43,7 +41,7 @@ def interleaved(
 
     Each round has an order of its own: whoever runs behind the same one every time inherits its
     caches. Runs below 2 ms are timed several calls at a time; with `single`, where the tails
-    count, a turn is a quarter of a second of calls, each timed by itself. At least three rounds, at
+    count, a turn is TURN_S of calls, each timed by itself. At least three rounds, at
     most `rounds`, and none is begun after `seconds`.
     """
     calls = {name: _calls(run, device) for name, run in runs.items()}

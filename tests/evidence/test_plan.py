@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,22 @@ def test_a_key_follows_from_commands_and_from_what_is_before():
     assert first.key == Node("a", (("drama", "x", "{out}"),), 7.0).key  # minutes are no content
     assert first.lines() == [["drama", "x", first.folder]]
     assert in_order([second]) == [first, second]
+
+
+def test_keys_follow_the_contents_of_the_data(tmp_path):
+    """A fresh copy of the folder computes nothing anew."""
+    folder = tmp_path / "data"
+    (folder / "beir").mkdir(parents=True)
+    (folder / "beir" / "corpus.jsonl").write_text("one")
+
+    def keys():
+        return [node.key for cell in make_plan(SMOKE, folder, None, "t") for node in cell.nodes()]
+
+    before = keys()
+    os.utime(folder / "beir" / "corpus.jsonl", (1, 1))
+    assert keys() == before
+    (folder / "beir" / "corpus.jsonl").write_text("two")  # as long as before
+    assert not set(keys()) & set(before)
 
 
 def test_seed_0_of_all_comes_first_and_nothing_comes_before_its_needs():

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import os
@@ -12,20 +11,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from transformers import BertConfig, BertModel
 
-from drama.distributed import free_port
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.retrieve import fill
 from drama.retrieve.corpus import Corpus
 from drama.retrieve.encode import encode_corpus
 from drama.retrieve.vectors import read_vectors
-from drama.testing import byte_tokenizer, run_deepspeed
-
-LAUNCHER = Path(__file__).parents[2] / "launchers" / "encode.py"
+from drama.testing import byte_tokenizer
 
 
 def test_vectors_equal_each_text_encoded_alone(dataset, model, tmp_path):
@@ -69,15 +64,15 @@ encode_corpus(*sys.argv[1:4], window=8)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(jsonl, model, tmp_path):
-    corpus = _many(jsonl)
+    corpus = many(jsonl)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, "-c", SCRIPT, str(corpus), str(model), str(killed)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while process.poll() is None and _windows_done(killed) < 3:
+    while process.poll() is None and windows_done(killed) < 3:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    done = _windows_done(killed)
+    done = windows_done(killed)
     assert 3 <= done < 80
     with pytest.raises(UserError, match=r"killed is half-written: start the same encoding again"):
         read_vectors(killed)
@@ -94,10 +89,10 @@ def test_a_killed_run_resumes_to_the_same_bits(jsonl, model, tmp_path):
     resumed.flush()
 
     encode_corpus(corpus, model, whole, window=8)
-    _assert_same(whole, killed)
+    assert_same(whole, killed)
 
 
-def _windows_done(folder: Path) -> int:
+def windows_done(folder: Path) -> int:
     try:
         return sum((folder / "done.bin").read_bytes())
     except FileNotFoundError:
@@ -242,29 +237,6 @@ def test_a_model_that_gives_nan(dataset, make_model, tmp_path):
         encode_corpus(dataset, broken, tmp_path / "v")
 
 
-def test_the_holes_that_several_ranks_leave_are_filled(jsonl, model, tmp_path):
-    """And nothing else: what is marked as done stays as it is."""
-    corpus, whole, folder = _many(jsonl), tmp_path / "whole", tmp_path / "v"
-    encode_corpus(corpus, model, whole, window=60)  # the last window has 40 documents
-    shutil.copytree(whole, folder)
-    inputs = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").unlink()
-    (folder / "progress.json").write_text(json.dumps({"inputs": inputs}))
-    done = [1, 0, 0, 1, 1, 0, 1, 1, 1, 1, 0]
-    (folder / "done.bin").write_bytes(bytes(done))
-    stored = np.load(folder / "vectors.npy", mmap_mode="r+")
-    for number, is_done in enumerate(done):
-        rows = slice(60 * number, 60 * number + 60)
-        stored[rows] = stored[rows][::-1] if is_done else 0
-    stored.flush()
-    filled = encode_corpus(corpus, model, folder, window=60).vectors_ND
-    want = np.load(whole / "vectors.npy")
-    for number, is_done in enumerate(done):
-        rows = slice(60 * number, 60 * number + 60)
-        np.testing.assert_array_equal(filled[rows], want[rows][::-1] if is_done else want[rows])
-    assert not (folder / "done.bin").exists()
-
-
 @pytest.mark.parametrize(
     "left", [("progress.json", "done.bin", ".lock"), ("done.bin",), (".lock",)]
 )
@@ -279,19 +251,7 @@ def test_what_is_left_by_a_kill_after_the_last_window_goes(dataset, model, tmp_p
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
-@pytest.mark.slow
-def test_too_many_ranks_or_too_few_windows_hurt_nobody(dataset, model, tmp_path):
-    """Three ranks, one window: two of them have nothing to do."""
-    done = run_deepspeed(
-        LAUNCHER, str(dataset), "--model", str(model), "--out", str(tmp_path / "v"), num_ranks=3
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "v: 8 vectors of width 64" in done.stdout + done.stderr
-    encode_corpus(dataset, model, tmp_path / "alone")
-    _assert_same(tmp_path / "alone", tmp_path / "v")
-
-
-def _many(jsonl) -> Path:
+def many(jsonl) -> Path:
     words = ["tide", "moon", "honey", "yeast", "magma", "virus", "leaf", "ocean", "bread", "bee"]
     rows = [
         {"_id": f"d{i}", "text": " ".join(words[(i * j) % 10] for j in range(1, 3 + i % 60))}
@@ -300,81 +260,14 @@ def _many(jsonl) -> Path:
     return jsonl("many.jsonl", rows)
 
 
-def _assert_same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path) -> None:
     assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
     for path in one.iterdir():
         assert path.read_bytes() == (other / path.name).read_bytes(), path.name
 
 
-@pytest.mark.slow
-def test_a_rank_that_is_killed_and_other_ranks_that_go_on(jsonl, model, tmp_path):
-    """Two ranks, one of which dies; then one process; the bits of one that was never stopped."""
-    corpus, folder = _many(jsonl), tmp_path / "v"
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")), "--no_local_rank", "--num_gpus", "2",
-        "--master_port", str(free_port()), str(LAUNCHER), str(corpus),
-        "--model", str(model), "--out", str(folder), "--window", "8",
-    ]  # fmt: skip
-    launcher = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-    )  # fmt: skip
-    while launcher.poll() is None and _windows_done(folder) < 3:
-        time.sleep(0.002)
-    ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if _is_rank(p)]
-    assert len(ranks) == 2
-    ranks[-1].kill()
-    assert launcher.wait(timeout=120) != 0
-    before = np.frombuffer((folder / "done.bin").read_bytes(), np.uint8)
-    assert 3 <= before.sum() < 80
-    stored = np.load(folder / "vectors.npy")
-    lost = np.abs(stored.reshape(80, 8, 64)).max((1, 2)).astype(bool) & (before == 0)
-    assert lost.sum() <= 2  # at most one window a rank was written and not recorded
-
-    encode_corpus(corpus, model, folder, window=8)
-    encode_corpus(corpus, model, tmp_path / "whole", window=8)
-    _assert_same(tmp_path / "whole", folder)
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        command = process.cmdline()
-        return "launchers/encode.py" in " ".join(command) and "deepspeed" not in " ".join(command)
-    return False
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("start", ["deepspeed 1", "deepspeed 2", "deepspeed 3", "torchrun 2"])
-def test_ranks_do_not_show(jsonl, model, tmp_path, start):
-    corpus, (program, number) = _many(jsonl), start.split()
-    options = [str(corpus), "--model", str(model), "--out", str(tmp_path / "v"), "--window", "16"]
-    if program == "deepspeed":
-        done = run_deepspeed(LAUNCHER, *options, num_ranks=int(number))
-    else:
-        torchrun = str(Path(sys.executable).with_name("torchrun"))
-        done = subprocess.run(
-            [torchrun, "--nproc_per_node", number, "--master_port", str(free_port()),
-             str(LAUNCHER), *options],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    encode_corpus(corpus, model, tmp_path / "alone", window=16)
-    _assert_same(tmp_path / "alone", tmp_path / "v")
-
-
-@pytest.mark.slow
-def test_a_fault_on_many_ranks_is_no_traceback(jsonl, model, tmp_path):
-    corpus = jsonl("twice.jsonl", [{"_id": "a", "text": "x"}] * 2)
-    done = run_deepspeed(LAUNCHER, str(corpus), "--model", str(model), "--out", str(tmp_path / "v"))
-    assert done.returncode != 0
-    said = done.stdout + done.stderr
-    assert "encode: error: " in said
-    assert "twice.jsonl:2: document 'a' stands in the corpus twice" in said
-    assert "Traceback" not in said
-
-
 def test_what_a_killed_run_left_damaged_is_refused_or_replaced(jsonl, model, tmp_path, monkeypatch):
-    corpus, folder = _many(jsonl), tmp_path / "v"
+    corpus, folder = many(jsonl), tmp_path / "v"
     embed, calls = Encoder.embed, []
 
     def stopping(*arguments, **options):
@@ -390,7 +283,7 @@ def test_what_a_killed_run_left_damaged_is_refused_or_replaced(jsonl, model, tmp
             patch.setattr(Encoder, "embed", stopping)
             with pytest.raises(KeyboardInterrupt):
                 encode_corpus(corpus, model, folder, window=64, token_budget=10**6)
-        assert 0 < _windows_done(folder) <= 3
+        assert 0 < windows_done(folder) <= 3
         return folder / name
 
     faults = {
@@ -411,7 +304,7 @@ def test_what_a_killed_run_left_damaged_is_refused_or_replaced(jsonl, model, tmp
                 encode_corpus(corpus, model, folder, window=64, token_budget=10**6)
     encode_corpus(corpus, model, tmp_path / "w", window=64, token_budget=10**6)
     encode_corpus(corpus, model, folder, window=64, token_budget=10**6, overwrite=True)
-    _assert_same(tmp_path / "w", folder)
+    assert_same(tmp_path / "w", folder)
 
 
 def test_a_finished_folder_that_is_damaged_is_refused_or_replaced(dataset, model, tmp_path):
@@ -438,12 +331,12 @@ def test_a_finished_folder_that_is_damaged_is_refused_or_replaced(dataset, model
         with pytest.raises(UserError, match=message):
             encode_corpus(dataset, model, folder)
         encode_corpus(dataset, model, folder, overwrite=True)
-        _assert_same(whole, folder)
+        assert_same(whole, folder)
         shutil.rmtree(folder)
 
 
 def test_a_corpus_that_changes_meanwhile(jsonl, model, tmp_path, monkeypatch):
-    corpus, scan = _many(jsonl), Corpus.scan
+    corpus, scan = many(jsonl), Corpus.scan
 
     def cut(path):
         found = scan(path)
@@ -471,45 +364,3 @@ def test_a_model_of_sentence_transformers(dataset, tmp_path):
     want = model.encode([f"{row['title']} {row['text']}".strip() for row in rows])[:, :8]
     want /= np.linalg.norm(want, axis=1, keepdims=True)
     np.testing.assert_allclose(vectors.vectors_ND, want, atol=1e-6)
-
-
-def _edit_manifest(folder: Path, **values: object) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def test_read_vectors_is_strict(dataset, model, tmp_path):
-    folder = tmp_path / "v"
-    with pytest.raises(UserError, match=r"v is no vectors folder \(manifest.json is missing\)"):
-        read_vectors(folder)
-    encode_corpus(dataset, model, folder)
-    good = (folder / "manifest.json").read_text()
-
-    _edit_manifest(folder, dim=32)
-    with pytest.raises(UserError, match=r"of shape \(8, 64\), the manifest says .*\(8, 32\)"):
-        read_vectors(folder)
-    _edit_manifest(folder, dim="64")
-    with pytest.raises(UserError, match=r"manifest\.json: 'dim' is missing, unknown or of the"):
-        read_vectors(folder)
-    _edit_manifest(folder, format_version=2)
-    with pytest.raises(UserError, match=r"manifest\.json: format version 2, this version of"):
-        read_vectors(folder)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest\.json is not readable JSON"):
-        read_vectors(folder)
-    (folder / "manifest.json").write_text(good)
-
-    stored = np.load(folder / "vectors.npy", mmap_mode="r+")
-    stored[2, 7] = np.nan
-    stored.flush()
-    with pytest.raises(UserError, match=r"the vector of document 'd3' is not finite"):
-        read_vectors(folder)
-    stored[2, 7] = 0
-    stored.flush()
-    (folder / "ids.txt").write_text("d1\nd2\n")
-    with pytest.raises(UserError, match=r"ids\.txt holds 2 ids for 8 vectors"):
-        read_vectors(folder)
-    with (folder / "vectors.npy").open("r+b") as file:
-        file.truncate(500)
-    with pytest.raises(UserError, match=r"vectors\.npy cannot be read"):
-        read_vectors(folder)
