@@ -29,6 +29,7 @@ from transformers import AutoModel
 from drama.console import console
 from drama.encoder import Encoder
 from drama.errors import UserError
+from drama.hf import check_sums
 from drama.sample import SAMPLE
 
 TOLERANCE = 1e-4
@@ -190,6 +191,37 @@ class OnnxModel:
         batch = {"input_ids": ids_BL, "attention_mask": mask_BL}
         found: np.ndarray = self.session.run(["sentence_embedding"], batch)[0]
         return found
+
+
+def open_graph(folder: Path, encoder: Encoder) -> OnnxModel | None:
+    """The float32 graph of a folder whose `encoder` this is, held against it on one text.
+
+    None where there is none, where it gives token states only, or without onnxruntime.
+
+    Raises:
+        UserError: the graph is damaged, or gives other embeddings than the model.
+    """
+    path = folder / PLAIN
+    if not path.is_file() or importlib.util.find_spec("onnxruntime") is None:
+        return None
+    check_sums(folder, PLAIN)
+    mend = f"export again, or remove {path.parent} to do without"
+    try:
+        model = OnnxModel(path)
+        names = {x.name for x in (*model.session.get_inputs(), *model.session.get_outputs())}
+        if not names >= {"input_ids", "attention_mask", "sentence_embedding"}:
+            return None
+        rows = encoder.tokenize(SAMPLE[:1], "query", min(64, encoder.max_tokens))
+        difference = float(np.abs(model(rows) - encoder.embed(rows)).max())
+    except Exception as error:  # onnxruntime's share no base of their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: onnxruntime cannot run the graph: {reason}; {mend}") from error
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{path} gives other embeddings than the model, by {difference:.1e} (at most "
+            f"{TOLERANCE:g}); {mend}"
+        )
+    return model
 
 
 def _check(path: Path, encoder: Encoder) -> float:

@@ -13,6 +13,8 @@ from drama.errors import UserError
 from drama.export import export
 from drama.export_onnx import INT8, PLAIN, OnnxModel
 from drama.folder import RetrieverSettings
+from drama.hf import SUMS
+from drama.retrieve.models import GRAPH_TOKENS, open_model
 from drama.testing import tiny_llama
 
 ROWS = [[5, 6, 7], list(range(3, 90)), [9], list(range(200, 230))]
@@ -94,3 +96,59 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match=r"--onnx needs onnxscript; pip install 'drama-retriever"):
         export(tiny(tmp_path), tmp_path / "out", onnx="float32")
+
+
+def test_a_short_query_alone_takes_the_graph(tmp_path, monkeypatch):
+    folder = export(tiny(tmp_path), tmp_path / "out", onnx="float32")
+    runs = []
+    real = OnnxModel.__call__
+    monkeypatch.setattr(
+        OnnxModel, "__call__", lambda self, rows: runs.append(rows) or real(self, rows)
+    )
+    with_graph, without = open_model(folder, graph=True), open_model(folder)
+    assert len(runs) == 1  # held against the model once
+    short, long = "when do tides turn?", "tide " * GRAPH_TOKENS
+    for texts, kind, dim, taken in [
+        ([short], "query", None, True),
+        ([short], "query", 16, True),
+        ([short], "document", None, False),
+        ([short, short], "query", None, False),
+        ([long], "query", None, False),
+    ]:
+        runs.clear()
+        found_BD = with_graph.encode(texts, kind, dim=dim)
+        assert bool(runs) == taken
+        want_BD = without.encode(texts, kind, dim=dim)
+        assert (found_BD.dtype, found_BD.shape) == (np.float32, want_BD.shape)
+        np.testing.assert_allclose(found_BD, want_BD, atol=1e-5 if taken else 0)
+    assert open_model(folder, graph=True, precision="bf16").graph is None
+    assert without.graph is None
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(export_onnx.importlib.util, "find_spec", lambda name: None)
+    assert open_model(folder, graph=True).graph is None
+
+
+def test_a_graph_that_is_not_the_models_is_refused(tmp_path):
+    """Another model's, a damaged one, one with token states only; without the graph all load."""
+    folder = export(tiny(tmp_path), tmp_path / "out", onnx="float32")
+    torch.manual_seed(1)
+    source = tiny_llama(tmp_path / "other", num_hidden_layers=2)
+    other = export(Encoder.from_pretrained(source), tmp_path / "out2", onnx="float32")
+    good = (folder / PLAIN).read_bytes()
+    (folder / PLAIN).write_bytes((other / PLAIN).read_bytes())
+    with pytest.raises(UserError, match=r"onnx/model.onnx is cut or changed since it was written"):
+        open_model(folder, graph=True)
+    (folder / SUMS).unlink()
+    with pytest.raises(UserError, match=r"gives other embeddings than the model, by .*; export ag"):
+        open_model(folder, graph=True)
+    (folder / PLAIN).write_bytes(good[: len(good) // 2])
+    with pytest.raises(UserError, match=r"model.onnx: onnxruntime cannot run the graph: .*export"):
+        open_model(folder, graph=True)
+    open_model(folder)
+    # as other exporters write it
+    onnx = pytest.importorskip("onnx")
+    (folder / PLAIN).write_bytes(good)
+    graph = onnx.load(folder / PLAIN)
+    del graph.graph.output[1]
+    onnx.save(graph, folder / PLAIN)
+    assert open_model(folder, graph=True).graph is None

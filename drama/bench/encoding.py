@@ -178,7 +178,7 @@ def run(
 ) -> None:  # fmt: skip
     """Measure every case; `save` is called after each."""
     encoder = Encoder.from_pretrained(folder)
-    ways, exact = open_ways(folder, device), reference(folder, device)
+    ways, exact = open_ways(folder, device, queries=False), reference(folder, device)
     for case in cases(encoder, pairs, size):
         # 8 bits, bf16 on a CPU and graphs take minutes at every length and say nothing new
         some = [way for way in ways if case.mixed or way.name in ("ours", "sentence-transformers")]

@@ -17,9 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from drama.bench.retrievers import Way, check, exact_texts, open_ways, read_texts, reference
+from drama.bench.retrievers import (
+    NO_GRAPH,
+    Way,
+    check,
+    exact_texts,
+    open_ways,
+    read_texts,
+    reference,
+)
 from drama.bench.rows import Rows, interleaved
 from drama.encoder import Encoder
+from drama.retrieve.models import GRAPH_TOKENS
 
 DISTINCT = 8  # batches of texts, taken in turn
 
@@ -38,7 +47,7 @@ def measure(
     save: Callable[[], None],
 ) -> None:
     """Add the rows of every batch and length; `save` is called after each."""
-    ways = open_ways(folder, device, whole=False)
+    ways = open_ways(folder, device, queries=True)
     exact = reference(folder, device)
     encoder = Encoder.from_pretrained(folder)
     tokenize = partial(encoder.tokenize, kind="query")
@@ -48,8 +57,10 @@ def measure(
             distinct = min(DISTINCT, rounds)
             texts = exact_texts(tokenize, documents, tokens, batch * distinct)
             groups = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+            alone = batch == 1 and tokens <= GRAPH_TOKENS  # elsewhere it is never asked
+            here = [way for way in ways if alone or way.name != NO_GRAPH]
             _measure_case(
-                ways, groups, exact(groups[0]), tokens, device, rows,
+                here, groups, exact(groups[0]), tokens, device, rows,
                 seconds=seconds, rounds=rounds, note=note,
             )  # fmt: skip
             save()

@@ -27,6 +27,7 @@ from drama.retrieve.models import TOKEN_BUDGET, Precision, open_model
 # largest difference of a number of a unit vector to float32's; the lowest cosine for 8 bits
 GATE = {"float32": 1e-4, "bfloat16": 3e-2}
 INT8_COSINE = 0.95
+NO_GRAPH = "ours without the graph"
 SHORT = 32  # texts in a batch of sentence-transformers, its default
 
 
@@ -52,16 +53,19 @@ class Checked(NamedTuple):
     passed: bool
 
 
-def open_ways(folder: Path, device: torch.device, *, whole: bool = True) -> list[Way]:
+def open_ways(folder: Path, device: torch.device, *, queries: bool) -> list[Way]:
     """Every way that is here: float32 on a CPU, bf16 on a GPU.
 
     Args:
-        whole: also our bf16 on a CPU, which is slower there than float32.
+        queries: ours as a server opens it, with the folder's graph, and without. Otherwise also our
+            bf16 on a CPU, which is slower there than float32.
     """
     cpu = device.type == "cpu"
-    ways = [_ours(folder, device, None if cpu else "bf16")]
-    if cpu and whole:
-        ways.append(_ours(folder, device, "bf16"))
+    ways = [_ours("ours", folder, device, None if cpu else "bf16", graph=queries)]
+    if cpu and queries and (folder / PLAIN).is_file():
+        ways.append(_ours(NO_GRAPH, folder, device, None))
+    if cpu and not queries:
+        ways.append(_ours("ours bf16", folder, device, "bf16"))
     if importlib.util.find_spec("sentence_transformers"):
         ways.append(_theirs(folder, device))
     if cpu and importlib.util.find_spec("onnxruntime"):
@@ -77,10 +81,12 @@ def graphs_for(device: torch.device) -> Literal["int8"] | None:
     return "int8" if here and device.type == "cpu" else None
 
 
-def _ours(folder: Path, device: torch.device, precision: Precision | None) -> Way:
-    model = open_model(folder, device=device, precision=precision)
+def _ours(
+    name: str, folder: Path, device: torch.device, precision: Precision | None, graph: bool = False
+) -> Way:
+    model = open_model(folder, device=device, precision=precision, graph=graph)
     return Way(
-        "ours" if model.compute_dtype == "float32" or device.type == "cuda" else "ours bf16",
+        name,
         model.compute_dtype,
         lambda texts: model.prepare(texts, "query", model.max_tokens),
         lambda rows: model.embed(rows, "query", model.max_tokens, model.dim, TOKEN_BUDGET),

@@ -60,7 +60,7 @@ class Searcher:
         self, index_dir: str | Path, *, model: Path | None = None, rerank: bool | None = None
     ) -> None:
         self.index = Index.load(index_dir, rerank=rerank)
-        self.encoder = load_index_model(self.index, model)
+        self.encoder = load_index_model(self.index, model, graph=True)
         kept = self.index.meta.documents
         self.documents = Lines(Path(index_dir) / "documents.jsonl") if kept else None
 
@@ -157,8 +157,10 @@ def check_queries(texts: Sequence[str]) -> None:
             raise UserError(f"query {number} of {len(texts)} is not valid UTF-8") from None
 
 
-def load_index_model(index: Index, model: Path | None = None) -> Model:
+def load_index_model(index: Index, model: Path | None = None, *, graph: bool = False) -> Model:
     """Load the model that an index was built with, from `model` where that is given.
+
+    graph: see `open_model`.
 
     Raises:
         UserError: it is gone, its files have changed since, or `model` is another one.
@@ -179,7 +181,7 @@ def load_index_model(index: Index, model: Path | None = None) -> Model:
             else f"the model {meta.model} has changed since the index was built; encode and index "
             "again"
         )
-    loaded = open_model(folder)
+    loaded = open_model(folder, graph=graph)
     if loaded.dim < meta.dim:
         raise UserError(f"{folder} is {loaded.dim} wide, the index {meta.dim}; build it again")
     return loaded

@@ -34,7 +34,9 @@ class Service:
         if index is None and model is None:
             raise UserError("name a model with --model, or an index with --index")
         self.searcher = Searcher(index, model=model) if index is not None else None
-        self.model: Model = self.searcher.encoder if self.searcher else open_model(model or ".")
+        self.model: Model = (
+            self.searcher.encoder if self.searcher else open_model(model or ".", graph=True)
+        )
         folder = Path(self.model.path).resolve()  # runs keep theirs in RUN/model
         self.name = folder.parent.name if folder.name == "model" else folder.name
         widest = self.searcher.index.meta.dim if self.searcher else self.model.dim
