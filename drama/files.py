@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from drama.errors import UserError
 
@@ -103,22 +105,37 @@ def _is_left(path: Path) -> bool:
 
 
 @contextmanager
-def locked(path: str | Path) -> Iterator[None]:
+def locked(path: str | Path, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path`, which is made where there is none, against other processes.
+
+    Where the file system knows no locks, as Lustre mounted without them, nothing is held.
+
+    Args:
+        wait_s: how long to wait for a process that holds it.
 
     Raises:
         UserError: another process holds it.
     """
     path = Path(path)
+    end = time.monotonic() + wait_s
     with path.open("a") as file:
-        try:
-            # not flock, whose lock forked workers hold on to when the job was killed
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{path.parent}: another job is writing there; wait for its end"
-            ) from None
+        while not _locks(file):
+            if time.monotonic() >= end:
+                raise UserError(f"{path.parent}: another job is writing there; wait for its end")
+            time.sleep(0.2)
         yield
+
+
+def _locks(file: IO[str]) -> bool:
+    try:
+        # not flock, whose lock forked workers hold on to when the job was killed
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    return True
 
 
 def stamp(path: str | Path) -> list[Any]:

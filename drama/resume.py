@@ -4,14 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from drama import checkpoint
 from drama.console import console
 from drama.distributed import Ranks
 from drama.errors import UserError
+from drama.files import locked
 from drama.optimizer import Pace
 from drama.settings import Schedule
+
+LOCK = ".lock"
+LEAVING_S = 60.0  # a run that was told to end may still save, though its launcher is gone
+
+
+@contextmanager
+def alone_in(output: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other runs out of the folder `output` while this one is there. A collective.
+
+    Raises:
+        UserError: another run is there, and still is after a minute; or no folder can be made.
+    """
+    new = ranks.is_main and not output.exists()
+    with ExitStack() as stack:
+
+        def hold() -> None:
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(output / LOCK))
+            except UserError:
+                console.print(
+                    f"another run is in {output}; waiting for its end, {LEAVING_S:.0f} s at most",
+                    markup=False, soft_wrap=True, highlight=False,
+                )  # fmt: skip
+                stack.enter_context(locked(output / LOCK, LEAVING_S))
+            except OSError as error:
+                raise UserError(
+                    f"output {output} cannot be written: {error.strerror}; choose another"
+                ) from None
+
+        ranks.on_main(hold)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if new and [path.name for path in output.iterdir()] == [LOCK]:
+                    (output / LOCK).unlink()
+                    output.rmdir()
 
 
 def count_steps(steps: int | None, epochs: float | None, batches_per_epoch: int) -> int:

@@ -35,7 +35,7 @@ from drama.loss import ContrastiveLoss
 from drama.metrics import peak_flops, with_precision
 from drama.optimizer import start_engine
 from drama.recipe import EvalRecipe, Recipe, StepRecipe
-from drama.resume import check_finite, choose_start, count_steps, named_start, prolongable
+from drama.resume import alone_in, check_finite, choose_start, count_steps, named_start, prolongable
 from drama.run_facts import run_facts
 from drama.settings import KEEPING_KEYS, check_same_run
 from drama.stability import BadSteps
@@ -398,5 +398,5 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
 
     resume: see `drama.resume.named_start`.
     """
-    with Ranks.start() as ranks:
+    with Ranks.start() as ranks, alone_in(recipe.output, ranks):
         return Trainer(recipe, ranks, resume).run()

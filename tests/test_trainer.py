@@ -118,6 +118,25 @@ def test_stopped_and_killed_and_started_again_it_gives_the_same_losses_to_the_la
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
+def test_ctrl_c_saves_and_a_second_start_waits_until_it_has(world):
+    run = world / "interrupted"
+    command = [sys.executable, str(TRAIN), "--recipe", str(world / "recipe.yaml")]
+    command += ["--set", f"output={run}", "--set", "train.save_every=100"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:
+        while not (run / "metrics.jsonl").is_file() or not read_metrics(run):
+            assert first.poll() is None
+            time.sleep(0.02)
+        first.send_signal(signal.SIGINT)
+        second = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        said = first.communicate(timeout=60)[1]
+    assert first.returncode == 0, said[-3000:]
+    (step,) = re.findall(r"stopped by a signal after step (\d)", said)
+    assert int(step) < STEPS
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert f"resumed at step {step}" in second.stderr
+    assert len(read_metrics(run)) == STEPS
+
+
 @pytest.mark.parametrize("deepspeed", [pytest.param("zero0", marks=pytest.mark.slow), "zero2"])
 def test_a_finished_run_goes_on_from_its_checkpoint_alone(world, deepspeed):
     """Weights and optimizer come from the files: the losses equal an unbroken longer run's."""

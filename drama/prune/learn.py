@@ -41,7 +41,7 @@ from drama.prune.source import find_llm, load_model, load_tokenizer, read_config
 from drama.prune.surgery import cut
 from drama.prune.telemetry import PruneTelemetry, StepOutput, warn_of_masks
 from drama.prune.text import TextStream, find_texts, open_domain, sha256_of, tokenise
-from drama.resume import sound_checkpoints
+from drama.resume import alone_in, sound_checkpoints
 from drama.settings import KEEPING_KEYS, check_same_run
 from drama.stability import BadSteps, sound_scale
 from drama.stopping import StopSignals, leave
@@ -354,5 +354,5 @@ class Pruner:
 
 def learn(recipe: PruneRecipe) -> Path:
     """Prune as the recipe says, on every rank that the launcher started; return RUN/model."""
-    with Ranks.start() as ranks:
+    with Ranks.start() as ranks, alone_in(recipe.output, ranks):
         return Pruner(recipe, ranks).run()

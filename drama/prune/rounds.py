@@ -24,6 +24,7 @@ from drama.prune.run import prune
 from drama.prune.shape import Shape, parse_target
 from drama.prune.source import find_llm, load_tokenizer, read_config
 from drama.prune.text import sha256_of
+from drama.resume import alone_in
 from drama.settings import check_same_run
 from drama.tokenizer import TextEncoder, appending_eos
 
@@ -36,7 +37,7 @@ def recover(recipe: RecoveryRecipe) -> Path:
     Raises:
         UserError: see `Recoverer` and `drama.prune.run.prune`.
     """
-    with Ranks.start() as ranks:
+    with Ranks.start() as ranks, alone_in(recipe.output, ranks):
         if recipe.rounds is None:
             return Recoverer(recipe, ranks).run()
         return _in_rounds(recipe, ranks)
