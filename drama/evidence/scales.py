@@ -48,7 +48,7 @@ CPU = Scale(
     shapes={"small": "layers=6,hidden=384,heads=6,ffn=1024",
             "large": "layers=12,hidden=384,heads=6,ffn=1024"},
     dims=(64, 192, 384), vocabulary="16k", calibration_tokens=8192,
-    recover_steps=60, mask_steps=60, batch=64, steps=48, max_tokens=64,
+    recover_steps=60, mask_steps=300, batch=64, steps=48, max_tokens=64,
     batches=(64, 512, 4096), batch_examples=8192, queries=150, crops=1500,
     texts=CROPPED,
     suites={"pruned": "basic", "augment": "wide", "batch": "basic", "shape": "basic",
