@@ -3,6 +3,7 @@
     python launchers/bench_kernels.py                  # the grids of this device: minutes
     python launchers/bench_kernels.py --quick          # small grids: a dry run, a minute
     python launchers/bench_kernels.py --kernel pool --seconds 1
+    python launchers/bench_kernels.py --minutes 8      # begins no case later
 
 Correctness first: every provider's gradients are held against float64, and one that is off gets no
 time. Candidates run in turn. Rows go to benchmarks/kernels.csv as they are measured; rows of other
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import time
 from pathlib import Path
 
 import click
@@ -37,9 +40,14 @@ CSV = Path(__file__).resolve().parents[1] / "benchmarks" / "kernels.csv"
 @click.option("--quick", is_flag=True, help="Small shapes; writes only where --out says so.")
 @click.option("--seconds", default=8.0, show_default=True, help="Time for one case's rounds.")
 @click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Begin no case later; those left out are named.",
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), show_default="benchmarks/kernels.csv", help="CSV."
 )
-def main(kernel: str, quick: bool, seconds: float, out: Path | None) -> None:
+def main(kernel: str, quick: bool, seconds: float, minutes: float | None, out: Path | None) -> None:
     """Run the grids of this device."""
     with exit_on_user_error("bench_kernels"):
         quiet_libraries()
@@ -54,9 +62,14 @@ def main(kernel: str, quick: bool, seconds: float, out: Path | None) -> None:
         benches = [importlib.import_module(f"drama.bench.{MODULES[name]}") for name in wanted]
         grid = [(bench, case) for bench in benches for case in bench.cases(device, quick)]
         collected = {case.kernel: Rows(case.kernel, device) for _, case in grid}
+        end = time.monotonic() + 60 * minutes if minutes else math.inf
+        left: list[str] = []
         with progress() as bar:
             task = bar.add_task("cases", total=len(grid), note="")
             for bench, case in grid:
+                if time.monotonic() > end:
+                    left.append(f"{case.kernel} {case} {case.mode}")
+                    continue
                 bar.update(task, note=f"{case.kernel} {case} {case.mode}")
                 rows = collected[case.kernel]
                 before = len(rows.rows)
@@ -76,6 +89,11 @@ def main(kernel: str, quick: bool, seconds: float, out: Path | None) -> None:
                 if out:
                     rows.write(out)  # after each case: a stopped run keeps what it has
                 bar.advance(task)
+        if left:
+            console.print(
+                f"{minutes:g} minutes are over; not measured: {'; '.join(left)}",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -160,6 +160,21 @@ def test_help_teaches_and_a_bad_option_is_one_line():
     assert bad.returncode == 2
 
 
+def test_a_limit_of_minutes_names_what_is_left(tmp_path):
+    """A GPU's grid begins with what is asked for."""
+    wanted = [str(case) for case in bench.cases(torch.device("cuda"), quick=False)[:4]]
+    assert wanted == [
+        "B=65536 N=65536 D=768", "B=65536 N=65536 D=2048", "B=65536 N=65536 D=768",
+        "B=1048576 N=1048576 D=768",
+    ]  # fmt: skip
+    command = [sys.executable, str(ROOT / "launchers" / "bench_kernels.py"), "--quick"]
+    command += ["--kernel", "infonce", "--minutes", "1e-9", "--out", str(tmp_path / "kernels.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = " ".join(done.stderr.split())
+    assert "1e-09 minutes are over; not measured: infonce B=16 N=16 D=256 forward+backward" in said
+    assert not (tmp_path / "kernels.csv").exists()
+
+
 @pytest.mark.slow
 def test_the_command_measures_its_small_grid(tmp_path):
     out = tmp_path / "kernels.csv"
