@@ -28,15 +28,15 @@ _PLACE = re.compile(r"^\{\{(\w+)(?: (\w+))?\}\}$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Column:
-    """The mean of all metrics of a cell that one of the patterns matches."""
+    """The mean of all metrics of a cell that a pattern matches, or of their logarithms."""
 
     title: str
     patterns: tuple[str, ...]
-    is_ndcg: bool = True
+    log: bool = False
 
     def of(self, metrics: dict[str, float]) -> float | None:
         found = [
-            value
+            math.log(value) if self.log else value
             for name, value in metrics.items()
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
         ]
@@ -49,7 +49,7 @@ def _sets(title: str, *names: str) -> Column:
 
 SCIFACT, XQUAD = _sets("SciFact", "scifact"), _sets("XQuAD", "xquad-*")
 COLUMNS: dict[str, tuple[Column, ...]] = {
-    "pruned": (Column("perplexity", ("perplexity",), is_ndcg=False), SCIFACT, XQUAD),
+    "pruned": (Column("ln perplexity", ("perplexity",), log=True), SCIFACT, XQUAD),
     "augment": (
         SCIFACT,
         _sets("XQuAD en", "xquad-en"),
@@ -137,19 +137,18 @@ def table(cells: Cells, variants: Sequence[str], columns: Sequence[Column]) -> s
         seeds = cells.get(variant, {})
         shown = [
             _mean([value for metrics in seeds.values()
-                   if (value := column.of(metrics)) is not None], column)
+                   if (value := column.of(metrics)) is not None])
             for column in columns
         ]  # fmt: skip
         lines.append(f"| {variant} | {len(seeds)} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def _mean(values: Sequence[float], column: Column) -> str:
+def _mean(values: Sequence[float]) -> str:
     if not values:
         return NOT_RUN
-    form = ".3f" if column.is_ndcg else ",.1f"
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{spread}"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def differences(
@@ -189,7 +188,7 @@ def paired(
     ]
     if not gaps:
         return NOT_RUN
-    shown = f"{statistics.fmean(gaps):+{'.3f' if column.is_ndcg else ',.1f'}}"
+    shown = f"{statistics.fmean(gaps):+.3f}"
     p = p_of(gaps)
     return shown if p is None else f"{shown} (p {p:.3f})"
 
@@ -237,7 +236,7 @@ def _figure(
     cells: Cells, variants: Sequence[str], columns: Sequence[Column], name: str, folder: Path
 ) -> str:
     """Bars of the variants that were run, from the lowest to the highest seed."""
-    shown = [column for column in columns if column.is_ndcg]
+    shown = [column for column in columns if not column.log]
     points = {
         variant: [[value for metrics in cells[variant].values()
                    if (value := column.of(metrics)) is not None] for column in shown]
