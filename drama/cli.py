@@ -120,7 +120,13 @@ def demo(output: Path, llm: Path | None, as_json: bool) -> None:
 )
 @click.option("--keep", metavar="TOKENS", help="How many: 32000, or 32k, rounded up to 64.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the small model.")
-@click.option("--calibration-tokens", type=click.IntRange(1), default=32768, show_default=True)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(1),
+    default=32768,
+    show_default=True,
+    help="Rounded up to whole rows of 512.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @click.option(
