@@ -11,6 +11,7 @@ B texts, L tokens of the longest, H the backbone's width, D the vectors'.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import warnings
@@ -29,6 +30,7 @@ from transformers import AutoModel
 from drama.console import console
 from drama.encoder import Encoder
 from drama.errors import UserError
+from drama.full_disk import FullDisk
 from drama.hf import check_sums
 from drama.sample import SAMPLE
 
@@ -111,6 +113,7 @@ def write_onnx(folder: Path, *, int8: bool = False) -> OnnxFacts:
 
     Raises:
         UserError: a package is missing, or the graph gives other embeddings than ours.
+        OSError: no room for the second graph.
     """
     check_installed()
     import onnx_ir
@@ -129,6 +132,11 @@ def write_onnx(folder: Path, *, int8: bool = False) -> OnnxFacts:
     console.print(f"{PLAIN}: differs from our embeddings by at most {difference:.1e}")
     if not int8:
         return OnnxFacts(difference)
+    # onnxruntime writes a copy first, and says nothing of a disk that fills up meanwhile
+    disk = FullDisk()
+    disk.check_room(folder, 2 * sum(x.stat().st_size for x in path.parent.iterdir()))
+    if disk.found:
+        raise OSError(errno.ENOSPC, "No space left for the graph of 8 bits", str(folder / INT8))
     with _quiet():
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -196,7 +204,8 @@ class OnnxModel:
 def open_graph(folder: Path, encoder: Encoder) -> OnnxModel | None:
     """The float32 graph of a folder whose `encoder` this is, held against it on one text.
 
-    None where there is none, where it gives token states only, or without onnxruntime.
+    None where the folder's list of hashes names none, so that graphs which others put there are
+    never run, and without onnxruntime.
 
     Raises:
         UserError: the graph is damaged, or gives other embeddings than the model.
@@ -204,13 +213,11 @@ def open_graph(folder: Path, encoder: Encoder) -> OnnxModel | None:
     path = folder / PLAIN
     if not path.is_file() or importlib.util.find_spec("onnxruntime") is None:
         return None
-    check_sums(folder, PLAIN)
+    if PLAIN not in check_sums(folder, PLAIN):
+        return None
     mend = f"export again, or remove {path.parent} to do without"
     try:
         model = OnnxModel(path)
-        names = {x.name for x in (*model.session.get_inputs(), *model.session.get_outputs())}
-        if not names >= {"input_ids", "attention_mask", "sentence_embedding"}:
-            return None
         rows = encoder.tokenize(SAMPLE[:1], "query", min(64, encoder.max_tokens))
         difference = float(np.abs(model(rows) - encoder.embed(rows)).max())
     except Exception as error:  # onnxruntime's share no base of their own

@@ -12,6 +12,7 @@ from drama.console import console
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.export import export
+from drama.full_disk import is_full
 from drama.model_card import Evaluation
 from drama.run_facts import run_facts
 
@@ -33,7 +34,7 @@ def export_source(
 
     Raises:
         UserError: as `find_source`, `Encoder.from_pretrained` and `export`; or `out` is in the run
-            or around it, or holds something else than a model.
+            or around it, or holds something else than a retriever; or the disk is full.
     """
     found = find_source(source, best=best)
     out = Path(out)
@@ -42,13 +43,16 @@ def export_source(
     if evaluation is not None:
         places = [found.model, *([found.run / "model"] if found.run else [])]
         judged = Evaluation.read(evaluation, out, *places)
-    return export(
-        Encoder.from_pretrained(found.model),
-        out,
-        run=run_facts(found.run, found.step) if found.run else None,
-        evaluation=judged,
-        **options,
-    )
+    encoder = Encoder.from_pretrained(found.model)
+    facts = run_facts(found.run, found.step) if found.run else None
+    try:
+        return export(encoder, out, run=facts, evaluation=judged, **options)
+    except Exception as error:  # safetensors and onnx have exceptions of their own
+        if not is_full(error):
+            raise
+        raise UserError(
+            f"{out}: the disk is full, nothing is written; make room or name a folder elsewhere"
+        ) from error
 
 
 def _check_out(out: Path, source: Source) -> None:
@@ -58,10 +62,17 @@ def _check_out(out: Path, source: Source) -> None:
             raise UserError(f"{out}: would replace {place}, which is exported; name another folder")
     if target.is_file():
         raise UserError(f"{out}: is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if (target / ".git").exists():
         raise UserError(
-            f"{out}: holds files that are no model, and would be replaced; name an empty or new "
-            "folder"
+            f"{out}: is a checkout of git, whose history would be replaced; name a new folder and "
+            "copy its files over"
+        )
+    if not (target / "modules.json").is_file():  # a language model has none
+        raise UserError(
+            f"{out}: holds files that are no retriever (no modules.json), and would be replaced; "
+            "name an empty or new folder"
         )
 
 

@@ -57,8 +57,10 @@ def main(
         from drama.bench.latency import measure
         from drama.bench.models import SHAPES, random_retriever
         from drama.bench.retrievers import graphs_for
-        from drama.bench.rows import Rows
+        from drama.bench.rows import Rows, whole_numbers
 
+        batch_sizes = whole_numbers(batches, "--batches")
+        token_counts = whole_numbers(lengths, "--lengths")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         name = "tiny" if quick else shape
         rows, target = Rows(f"latency {name}", device), out if out or quick else CSV
@@ -71,8 +73,8 @@ def main(
                 pairs,
                 device,
                 rows,
-                batches=[1, 3] if quick else [int(b) for b in batches.split(",")],
-                lengths=[8, 32] if quick else [int(n) for n in lengths.split(",")],
+                batches=[1, 3] if quick else batch_sizes,
+                lengths=[8, 32] if quick else token_counts,
                 seconds=0.0 if quick else seconds,
                 rounds=3 if quick else rounds,
                 note=lambda line: console.print(line, highlight=False),

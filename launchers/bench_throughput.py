@@ -71,11 +71,11 @@ def main(
         from drama.bench import graphs
         from drama.bench import throughput as bench
         from drama.bench.models import SHAPES, random_retriever
-        from drama.bench.rows import Rows
+        from drama.bench.rows import Rows, whole_numbers
         from drama.distributed import Ranks
 
         out = out or CSV
-        sizes = [16] if quick else sorted(int(size) for size in batches.split(","))
+        sizes = [16] if quick else sorted(whole_numbers(batches, "--batches"))
         if quick:
             rounds, max_tokens = 1, 64
         with Ranks.start() as ranks, tempfile.TemporaryDirectory() as scratch:

@@ -16,7 +16,7 @@ from drama.cli import main
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.export_source import export_source, find_source
-from drama.testing import run_deepspeed
+from drama.testing import run_deepspeed, tiny_llama
 
 TRAIN = Path(__file__).parents[1] / "launchers" / "train.py"
 STEPS = 9  # of the fixture `world`
@@ -162,9 +162,13 @@ def test_nothing_else_is_replaced(run, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
+    tiny_llama(tmp_path / "llm")
+    export_source(run, tmp_path / "published")
+    (tmp_path / "published" / ".git").mkdir()
     for out, message in (
         (run, "would replace"), (run / "model", "would replace"), (tmp_path, "would replace"),
-        (tmp_path / "notes", "holds files that are no model"), (tmp_path / "file", "is a file"),
+        (tmp_path / "notes", "holds files that are no retriever"), (tmp_path / "file", "is a file"),
+        (tmp_path / "llm", "no modules.json"), (tmp_path / "published", "is a checkout of git"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             export_source(run, out)

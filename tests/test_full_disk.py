@@ -10,9 +10,12 @@ import pytest
 from drama.checkpoint import Keep, faults, save, whole_checkpoints
 from drama.data.sources import read_source
 from drama.data.writer import write_shards
+from drama.encoder import Encoder
 from drama.errors import UserError
+from drama.export import export
+from drama.export_source import export_source
 from drama.recipe import Recipe
-from drama.testing import read_metrics, run_alone, run_deepspeed
+from drama.testing import read_metrics, run_alone, run_deepspeed, tiny_llama
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "launchers" / "train.py"
@@ -146,3 +149,22 @@ def test_the_best_model_does_not_fit_and_training_goes_on(world, mounted, tmp_pa
     )
     assert not [path.name for path in run.iterdir() if "best" in path.name]
     assert len(read_metrics(run)) == 8
+
+
+@pytest.mark.parametrize("part", ["weights", "graph of 8 bits"])
+def test_an_export_that_does_not_fit_says_so_in_one_line(exported, mounted, part):
+    source, folder = exported
+    graph = size_of(folder / "onnx")
+    plain = size_of(folder) - graph
+    disk = mounted(plain // 2 if part == "weights" else plain + 2 * graph)
+    with pytest.raises(UserError, match=rf"^{disk}/out: the disk is full, nothing is written"):
+        export_source(source, disk / "out", onnx="int8")
+    assert list(disk.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model and its folder with a graph."""
+    folder = tmp_path_factory.mktemp("exported")
+    source = tiny_llama(folder / "source", num_hidden_layers=1)
+    return source, export(Encoder.from_pretrained(source), folder / "out", onnx="float32")

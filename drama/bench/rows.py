@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from drama.errors import UserError
 from drama.files import replacing
 
 COLUMNS = (
@@ -27,6 +28,18 @@ COLUMNS = (
     "config", "device", "versions", "commit", "date",
 )  # fmt: skip
 TURN_S = 0.25  # seconds of single calls of one candidate, before the next one's
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """The numbers of an option such as "1,8,32".
+
+    Raises:
+        UserError: one of them is no whole number above 0.
+    """
+    for word in text.split(","):
+        if not word.strip().isdecimal() or int(word) < 1:
+            raise UserError(f"{option} {text}: '{word}' is no whole number above 0; such as 1,8,32")
+    return [int(word) for word in text.split(",")]
 
 
 def interleaved(

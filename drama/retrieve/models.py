@@ -138,9 +138,9 @@ def open_model(
             of sentence-transformers.
         device: default the GPU where there is one.
         graph: in float32 on a CPU, take the folder's ONNX graph for a short query that comes
-            alone, where there is one and onnxruntime is installed: it waits half as long. Weights
-            are then held twice, and such a query's vector differs from the one that it gets in a
-            batch by rounding.
+            alone, where `export` wrote one and onnxruntime is installed: the shorter the query,
+            the more it gains. Opening takes longer, weights are held twice, and such a query's
+            vector differs from the one that it gets in a batch by rounding.
 
     Raises:
         UserError: no model folder, weights or tokenizer missing, a mask that is not the declared

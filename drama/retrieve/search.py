@@ -51,16 +51,22 @@ class Searcher:
     Args:
         model: a folder with the index's model, where it is no longer where it was.
         rerank: see `Index.load`.
+        graph: see `open_model`; it takes longer to open, which only many queries repay.
 
     Raises:
         UserError: no index, or a model that is gone or not the one that the index was built with.
     """
 
     def __init__(
-        self, index_dir: str | Path, *, model: Path | None = None, rerank: bool | None = None
+        self,
+        index_dir: str | Path,
+        *,
+        model: Path | None = None,
+        rerank: bool | None = None,
+        graph: bool = False,
     ) -> None:
         self.index = Index.load(index_dir, rerank=rerank)
-        self.encoder = load_index_model(self.index, model, graph=True)
+        self.encoder = load_index_model(self.index, model, graph=graph)
         kept = self.index.meta.documents
         self.documents = Lines(Path(index_dir) / "documents.jsonl") if kept else None
 

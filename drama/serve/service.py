@@ -33,7 +33,7 @@ class Service:
     def __init__(self, model: Path | None, index: Path | None, dim: int | None = None) -> None:
         if index is None and model is None:
             raise UserError("name a model with --model, or an index with --index")
-        self.searcher = Searcher(index, model=model) if index is not None else None
+        self.searcher = Searcher(index, model=model, graph=True) if index is not None else None
         self.model: Model = (
             self.searcher.encoder if self.searcher else open_model(model or ".", graph=True)
         )

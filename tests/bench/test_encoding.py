@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from drama.bench.encoding import floor
 from drama.bench.indexing import draw
 from drama.bench.retrievers import GATE, NO_GRAPH, Way, check, exact_texts, read_texts, reference
-from drama.bench.rows import COLUMNS, interleaved
+from drama.bench.rows import COLUMNS, interleaved, whole_numbers
 from drama.encoder import Encoder
 from drama.errors import UserError
 from drama.metrics import forward_flops
@@ -162,3 +162,10 @@ def test_drawn_vectors_have_norm_one_and_neighbours():
     cosines = q_BD @ vectors.vectors_ND.T
     assert (cosines.max(1) > 0.7).all()
     assert np.median(cosines) < 0.3
+
+
+def test_sizes_are_whole_numbers():
+    assert whole_numbers("1, 8,32", "--batches") == [1, 8, 32]
+    for text, word in (("1,x", "x"), ("8,", ""), ("0", "0"), ("-1", "-1"), ("1.5", "1.5")):
+        with pytest.raises(UserError, match=f"--batches {text}: '{word}' is no whole number"):
+            whole_numbers(text, "--batches")
