@@ -83,7 +83,8 @@ def test_sentence_transformers_5_3(tmp_path):
     """In an environment of its own with our torch and transformers; needs a package index."""
     python = environment_with(OLDER)
     for attention, pooling, dim in (
-        ("bidirectional", "last", None), ("causal", "mean", None), ("bidirectional", "mean", 16),
+        ("bidirectional", "last", None), ("causal", "mean", None), ("causal", "last", None),
+        ("bidirectional", "mean", None), ("bidirectional", "mean", 16),
     ):  # fmt: skip
         place = tmp_path / f"{attention}-{pooling}-{dim}"
         folder = exported(place, attention, pooling, dim=dim)
