@@ -169,6 +169,7 @@ def _model_facts(model: Model) -> dict[str, Any]:
             "pooling": settings.pooling,
             "query_prefix": settings.query_prefix,
             "document_prefix": settings.document_prefix,
+            "graph": model.graph is not None,
         }
     retriever: Any = getattr(model, "retriever", ())  # a list of sentence-transformers' modules
     config = next((m.auto_model.config for m in retriever if hasattr(m, "auto_model")), None)
@@ -181,4 +182,5 @@ def _model_facts(model: Model) -> dict[str, Any]:
         "pooling": next((str(mode) for mode in modes if mode), None),
         "query_prefix": prompts.get("query") or "",
         "document_prefix": next((prompts[n] for n in DOCUMENT_PROMPTS if prompts.get(n)), ""),
+        "graph": False,
     }
