@@ -32,7 +32,7 @@ def test_all_of_a_job_is_killed_wherever_it_is(tmp_path):
         job.kill_at(lambda: changes() >= 5)
         assert job.alive() == []
     made = len(digests(place))
-    assert 5 <= made < 10_000
+    assert 3 <= made < 10_000  # a file that is made and one that is filled are two changes
     time.sleep(0.1)
     assert len(digests(place)) == made
     assert set(digests(place, ("1*",))) < set(digests(place))
