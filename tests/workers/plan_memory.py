@@ -23,7 +23,7 @@ from drama.trainer import Trainer
 def measure(path: Path, name: str) -> list[int]:
     quiet_libraries()
     recipe = Recipe.load(
-        path, [f"train.deepspeed={name}", "step.keep_graphs=0", "train.batch_size=32"]
+        path, [f"train.deepspeed={name}", "step.keep_graphs=0", "train.batch_size=16"]
     )
     planned = memory(
         *(count_model(recipe, torch.float32), count_work(recipe)),
