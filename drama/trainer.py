@@ -377,7 +377,7 @@ class Trainer:
         return False
 
     def _headline(self, first: int) -> str:
-        recipe = self.recipe
+        recipe, why = self.recipe, self.batches.no_tokens
         shape = f"{self.config.num_hidden_layers} layers x {self.config.hidden_size}"
         resumed = f", resumed at step {first}" if first else ""
         ranks = f"{self.ranks.world_size} {self.ranks.device.type} ranks"
@@ -385,12 +385,9 @@ class Trainer:
             f"{recipe.name}: {shape}, {recipe.model.attention}, {recipe.model.pooling} pooling, "
             f"{recipe.train.precision}, ZeRO {self.engine.zero_optimization_stage()} on {ranks}\n"
             f"{len(self.batches.shards):,} records, {self.num_steps:,} steps of "
-            f"{recipe.train.batch_size:,} queries{resumed}; {self._texts()}"
+            f"{recipe.train.batch_size:,} queries{resumed}; "
+            + (f"tokenised while training, {why}" if why else "token ids of the shards")
         )
-
-    def _texts(self) -> str:
-        why = self.batches.no_tokens
-        return f"tokenised while training, {why}" if why else "token ids of the shards"
 
 
 def train(recipe: Recipe, resume: str = "auto") -> Path:

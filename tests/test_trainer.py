@@ -4,9 +4,7 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,7 +21,6 @@ from drama.checkpoint import faults
 from drama.data.records import Document, Record
 from drama.data.sources import read_source
 from drama.data.writer import write_shards
-from drama.distributed import free_port
 from drama.encoder import Encoder
 from drama.killing import digests
 from drama.optimizer import Pace, learning_rate_factor
@@ -64,98 +60,6 @@ def test_the_run_folder_holds_what_was_promised(world):
     encoder = Encoder.from_pretrained(run / "model")
     assert encoder.matryoshka_dims == (32, 64)
     assert encoder.max_tokens == 90
-
-
-def start_until(world: Path, run: Path, num_steps: int) -> subprocess.Popen[str]:
-    """Two ranks that train, and have taken so many steps in all."""
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
-        "--master_port", str(free_port()), str(TRAIN),
-        "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").is_file() and len(read_metrics(run)) >= num_steps:
-            break
-        time.sleep(0.02)
-    assert process.poll() is None, "the run ended before it could be stopped"
-    return process
-
-
-def test_stopped_and_killed_and_started_again_it_gives_the_same_losses_to_the_last_bit(world):
-    """SIGTERM between two checkpoints, then `kill -9` of both ranks at once."""
-    run = world / "killed"
-    process = start_until(world, run, 1)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        command = " ".join(child.cmdline())
-        if (
-            "train.py" in command and "deepspeed.launcher" not in command
-        ):  # the ranks and their readers
-            child.terminate()
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said[-3000:]
-    (stopped,) = re.findall(r"stopped by a signal after step (\d)", said)
-    saved = [path.name for path in (run / "checkpoints").iterdir()]
-    assert f"step-{stopped}" in saved
-    assert len(read_metrics(run)) == int(stopped) < STEPS
-
-    process = start_until(world, run, 6)
-    os.killpg(process.pid, signal.SIGKILL)
-    said, _ = process.communicate()
-    assert f"resumed at step {stopped}" in said
-    done = run_deepspeed(TRAIN, "--recipe", str(world / "recipe.yaml"), "--set", f"output={run}")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "resumed at step" in done.stdout + done.stderr
-    losses = [
-        [line["loss_by_prefix"] for line in read_metrics(folder)]
-        for folder in (run, world / "whole")
-    ]
-    assert losses[0] == losses[1]
-    weights = [load_file(r / "model" / "model.safetensors") for r in (run, world / "whole")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-
-
-def test_ctrl_c_saves_and_a_second_start_waits_until_it_has(world):
-    run = world / "interrupted"
-    command = [sys.executable, str(TRAIN), "--recipe", str(world / "recipe.yaml")]
-    command += ["--set", f"output={run}", "--set", "train.save_every=100"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:
-        while not (run / "metrics.jsonl").is_file() or not read_metrics(run):
-            assert first.poll() is None
-            time.sleep(0.02)
-        first.send_signal(signal.SIGINT)
-        second = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-        said = first.communicate(timeout=60)[1]
-    assert first.returncode == 0, said[-3000:]
-    (step,) = re.findall(r"stopped by a signal after step (\d)", said)
-    assert int(step) < STEPS
-    assert second.returncode == 0, second.stderr[-3000:]
-    assert f"resumed at step {step}" in second.stderr
-    assert len(read_metrics(run)) == STEPS
-
-
-@pytest.mark.parametrize("deepspeed", [pytest.param("zero0", marks=pytest.mark.slow), "zero2"])
-def test_a_finished_run_goes_on_from_its_checkpoint_alone(world, deepspeed):
-    """Weights and optimizer come from the files: the losses equal an unbroken longer run's."""
-    options = [
-        "--recipe", str(world / "recipe.yaml"), "--set", "train.schedule=constant",
-        "--set", f"train.deepspeed={deepspeed}", "--set", "train.warmup_ratio=0",
-        "--set", "data.workers=0",
-        "--set", f"train.precision={'bf16' if deepspeed == 'zero2' else 'fp32'}",
-    ]  # fmt: skip
-    unbroken, cut = world / f"unbroken-{deepspeed}", world / f"cut-{deepspeed}"
-    for run, steps in ((unbroken, 4), (cut, 2)):
-        done = run_alone(TRAIN, *options, "--set", f"output={run}", "--set", f"train.steps={steps}")
-        assert done.returncode == 0, done.stderr[-3000:]
-    done = run_alone(TRAIN, *options, "--set", f"output={cut}", "--set", "train.steps=4")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "resumed at step 2" in done.stderr
-    assert [x["loss"] for x in read_metrics(cut)] == [x["loss"] for x in read_metrics(unbroken)]
-    norms = [x["grad_norm"] for x in read_metrics(unbroken)]
-    np.testing.assert_allclose(norms[0], read_metrics(world / "whole")[0]["grad_norm"], rtol=0.03)
 
 
 def test_the_metrics_have_the_rate_that_each_step_was_taken_with(world):

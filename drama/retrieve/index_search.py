@@ -39,7 +39,7 @@ from drama.retrieve.index_types import (
     sample_size,
 )
 from drama.retrieve.lines import Lines
-from drama.retrieve.vectors import Vectors, VectorsManifest, open_vectors, read_json
+from drama.retrieve.vectors import Vectors, VectorsManifest, cut, open_vectors, read_json
 
 FORMAT_VERSION = 2
 GATHER = 2**22  # numbers of whole vectors that are scored together, 48 MiB
@@ -225,9 +225,7 @@ class Index:
         flat, step = faiss.IndexFlatIP(dim), max(1, GATHER // self.meta.dim)
         for start in range(0, self.meta.rows, step):
             rows_M = np.arange(start, min(start + step, self.meta.rows))
-            cut_Md = self._take(rows_M)[:, :dim]
-            norms_M1 = np.linalg.norm(cut_Md, axis=1, keepdims=True)
-            flat.add(np.ascontiguousarray(cut_Md / np.maximum(norms_M1, 1e-12)))
+            flat.add(np.ascontiguousarray(cut(self._take(rows_M), dim)))
         rows = self.meta.rows
         meta = dataclasses.replace(self.meta, type="flat", dim=dim, rows_per_file=rows)
         return Index([flat], self.ids, meta)

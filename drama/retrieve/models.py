@@ -24,6 +24,7 @@ from drama.errors import UserError, nearest
 from drama.export_onnx import OnnxModel, open_graph
 from drama.folder import DOCUMENT_PROMPTS, NotForEncoderError, declared_mask, read_settings
 from drama.hf import model_sha256
+from drama.retrieve.vectors import cut
 from drama.tokenizer import Kind
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -196,8 +197,7 @@ class OurModel(Model):
     ) -> np.ndarray:
         alone = kind == "query" and len(prepared) == 1 and len(prepared[0]) <= GRAPH_TOKENS
         if self.graph is not None and alone:
-            vector_1D = self.graph(prepared)[:, :dim]
-            return vector_1D / np.maximum(np.linalg.norm(vector_1D, axis=1, keepdims=True), 1e-12)
+            return cut(self.graph(prepared), dim)
         few = sum(map(len, prepared)) <= FEW_TOKENS and self.encoder.prepacked is not None
         if few or self.encoder.device.type != "cpu":
             return self.encoder.embed(prepared, dim=dim, token_budget=token_budget)
@@ -277,10 +277,8 @@ class OtherModel(Model):
             batch_size=max(1, token_budget // max_tokens),
             show_progress_bar=False,
             convert_to_numpy=True,
-        ).astype(np.float32)[:, :dim]
-        norms_B1 = np.linalg.norm(vectors_BD, axis=1, keepdims=True)
-        unit_BD: np.ndarray = vectors_BD / np.maximum(norms_B1, 1e-12)
-        return unit_BD
+        ).astype(np.float32)
+        return cut(vectors_BD, dim)
 
     def count_tokens(self, text: str) -> int:
         whole = self._prompt("document") + text

@@ -104,8 +104,15 @@ class Vectors:
     def _cut(self, block: np.ndarray, dim: int | None) -> np.ndarray:
         block = np.asarray(block[:, :dim], np.float32)
         if dim is not None and dim < self.manifest.dim:
-            block = block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
+            block = cut(block, dim)
         return np.ascontiguousarray(block)
+
+
+def cut(vectors_BD: np.ndarray, dim: int) -> np.ndarray:
+    """The first `dim` numbers of vectors [B, D], scaled to norm 1: [B, dim]."""
+    cut_Bd = vectors_BD[:, :dim]
+    unit_Bd: np.ndarray = cut_Bd / np.maximum(np.linalg.norm(cut_Bd, axis=1, keepdims=True), 1e-12)
+    return unit_Bd
 
 
 def read_vectors(folder: str | Path, *, values: bool = True) -> Vectors:
