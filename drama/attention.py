@@ -1,7 +1,8 @@
 """Attention over packed sequences: one function, one back end chosen per device.
 
     CUDA, flash-attn installed    flash_attn_varlen_func
-    CUDA                          torch.nn.attention.varlen (torch >= 2.11; flash attention inside)
+    CUDA                          torch.nn.attention.varlen (torch >= 2.11; flash attention inside);
+                                  on Hopper, runs of texts of one length by cuDNN
     CPU, and CUDA in float32      scaled_dot_product_attention, sequence by sequence
 
 It is registered with transformers under the name `drama_varlen`, so Hugging Face's own blocks call
@@ -23,11 +24,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION_NAME = "drama_varlen"
+DENSE_WORK = 2**22  # pairs of tokens for which a launch of their own is nothing
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,21 @@ class PackedLayout:
     def runs(self) -> list[tuple[int, int]]:
         """Lengths, and how many neighbours have each."""
         return [(length, len(list(group))) for length, group in itertools.groupby(self.lengths)]
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[int | None, PackedLayout]]:
+        """Runs of texts of one length with at least `DENSE_WORK` pairs of tokens, by that length,
+        and what lies between them, by None."""
+        parts: list[tuple[int | None, PackedLayout]] = []
+        for dense, group in itertools.groupby(
+            self.runs, key=lambda run: run[0] if run[0] ** 2 * run[1] >= DENSE_WORK else None
+        ):
+            lengths = tuple(length for length, count in group for _ in range(count))
+            first = sum(len(part.lengths) for _, part in parts)
+            cu_seqlens = self.cu_seqlens[first : first + len(lengths) + 1]
+            parts.append((dense, replace(self, cu_seqlens=cu_seqlens - cu_seqlens[0],
+                                         lengths=lengths)))  # fmt: skip
+        return parts
 
     @property
     def cu_queries(self) -> Tensor:
@@ -101,8 +119,40 @@ def varlen_attention(
             softmax_scale=scale, causal=layout.causal,
         )  # fmt: skip
     if choice == "torch varlen":
-        return _torch_varlen(q_THE, k_TGE, v_TGE, layout, scale)
+        if layout.last_query or not _is_hopper(q_THE.device):
+            return _torch_varlen(q_THE, k_TGE, v_TGE, layout, scale)
+        return _by_run(q_THE, k_TGE, v_TGE, layout, scale)
     return _sdpa_per_sequence(q_THE, k_TGE, v_TGE, layout, scale)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    """Where cuDNN's attention is the faster one: FlashAttention 2 was written for Ampere."""
+    return torch.cuda.get_device_capability(device)[0] == 9 and torch.backends.cudnn.is_available()
+
+
+def _by_run(
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: PackedLayout, scale: float
+) -> Tensor:
+    """Long runs of texts of one length as dense batches by cuDNN, what lies between by the varlen
+    kernel. Texts cut at the longest length make such runs, and so does any text of 8k tokens."""
+    if all(length is None for length, _ in layout.parts):
+        return _torch_varlen(q_THE, k_TGE, v_TGE, layout, scale)
+    split = [_parts(x, [sum(part.lengths) for _, part in layout.parts])
+             for x in (q_THE, k_TGE, v_TGE)]  # fmt: skip
+    outputs = []
+    for (length, part), q_THE, k_TGE, v_TGE in zip(layout.parts, *split, strict=True):
+        if length is None:
+            outputs.append(_torch_varlen(q_THE, k_TGE, v_TGE, part, scale))
+            continue
+        q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q_THE, k_TGE, v_TGE))
+        ways = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        with sdpa_kernel(ways, set_priority=True):
+            out = F.scaled_dot_product_attention(
+                q, k, v, scale=scale, is_causal=layout.causal, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _torch_varlen(

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from drama.data.batches import RankBatch
-from drama.data.packing import Row, count_chunks, even_chunks
+from drama.data.packing import Row, even_chunks
 from drama.gather import all_gather
 from drama.targets import Targets
 
@@ -56,13 +56,14 @@ class Share:
     def num_queries(self) -> int:
         return len(self.query_B)
 
-    def count_chunks(self, token_budget: int) -> int:
-        return count_chunks([len(self.rows[i]) for i in self.order], token_budget)
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every row, in the order of the chunks."""
+        return [len(self.rows[i]) for i in self.order]
 
     def chunks(self, num_chunks: int) -> list[list[int]]:
         """Row numbers of each of `num_chunks` chunks, queries and documents mixed by length."""
-        lengths = [len(self.rows[i]) for i in self.order]
-        return [[self.order[i] for i in chunk] for chunk in even_chunks(lengths, num_chunks)]
+        return [[self.order[i] for i in chunk] for chunk in even_chunks(self.lengths, num_chunks)]
 
     def targets(self, part_sizes: Sequence[Sequence[int]]) -> Targets:
         """What the gathered documents are to this rank's queries.

@@ -95,20 +95,19 @@ class GradCache:
             # DeepSpeed adds to the shards after the first forward that follows a backward; two
             # backwards in a row, as of kept graphs, would overwrite each other
             keep_graphs = 0
-        self.room = _GraphRoom(self.device, token_budget, keep_graphs)
+        self.room = _GraphRoom(self.device, keep_graphs)
 
     def backward(self, batch: RankBatch) -> StepOutput:
         """Leave the gradient of the global batch in the engine, reduced; does not step."""
         watch = Stopwatch(self.device)
         peak = PeakMemory(self.device) if self.room.measuring else None
         share = share_out(batch, balance=self.balance, group=self.group)
-        num_chunks, num_kept = self._agree(share.count_chunks(self.token_budget))
+        num_chunks, num_kept = self._agree(share.lengths)
         chunks = share.chunks(num_chunks)
-        packed = [self._pack(share, chunk) for chunk in chunks]
         parts = self._part_sizes(share, chunks)
         watch.lap("share")
 
-        vectors_XD, graphs, columns = self._embed(share, chunks, packed, parts, num_kept)
+        vectors_XD, packed, graphs, columns = self._embed(share, chunks, parts, num_kept)
         watch.lap("embed")
 
         targets = share.targets(parts).to(self.device)
@@ -122,7 +121,8 @@ class GradCache:
         self._replay(chunks, packed, graphs, gradient_XD, watch)
         watch.lap("reduce")
         if peak is not None:
-            self.room.learn(peak.taken(), len(graphs))
+            most = max(len(tokens.input_ids_T) for tokens in packed)
+            self.room.learn(peak.taken(), len(graphs), most)
         return StepOutput(
             loss=result.loss,
             loss_by_prefix=result.loss_P.tolist(),
@@ -145,10 +145,9 @@ class GradCache:
     def evaluate(self, batch: RankBatch) -> float:
         """The contrastive loss of a global batch; leaves no gradient."""
         share = share_out(batch, balance=self.balance, group=self.group)
-        chunks = share.chunks(self._agree(share.count_chunks(self.token_budget))[0])
-        packed = [self._pack(share, chunk) for chunk in chunks]
+        chunks = share.chunks(self._agree(share.lengths)[0])
         parts = self._part_sizes(share, chunks)
-        vectors_XD, _, columns = self._embed(share, chunks, packed, parts, num_kept=0)
+        vectors_XD, _, _, columns = self._embed(share, chunks, parts, num_kept=0)
         targets = share.targets(parts).to(self.device)
         loss = replace(self.loss, scores=None, spread_weight=0.0, teacher=None)
         return loss(vectors_XD[: share.num_queries], columns, targets).loss
@@ -159,7 +158,7 @@ class GradCache:
         has none."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         lengths = [len(rows[i]) for i in order]
-        num_chunks = self._agree(count_chunks(lengths, self.token_budget))[0]
+        num_chunks = self._agree(lengths)[0]
         chunks = even_chunks(lengths, num_chunks) if rows else [[] for _ in range(num_chunks)]
         out_XD: Tensor | None = None
         for chunk in chunks:
@@ -174,9 +173,13 @@ class GradCache:
 
     # -- planning -----------------------------------------------------------------------------
 
-    def _agree(self, num_chunks: int) -> tuple[int, int]:
-        """Chunks and kept graphs of this step, the same on every rank."""
-        counts = torch.tensor([num_chunks, -self.room.count()])
+    def _agree(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """Chunks and kept graphs of this step, the same on every rank; lengths: of this rank's
+        texts, sorted."""
+        num_chunks = count_chunks(lengths, self.token_budget)
+        # even chunks: the largest is at most a text above their mean
+        largest = sum(lengths) / max(1, num_chunks) + max(lengths, default=0)
+        counts = torch.tensor([num_chunks, -self.room.count(largest)])
         if self.world_size > 1:
             dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.group)
         num_chunks, num_kept = counts.abs().tolist()
@@ -205,16 +208,20 @@ class GradCache:
         self,
         share: Share,
         chunks: list[list[int]],
-        packed: list[PackedBatch],
         part_sizes: list[list[int]],
         num_kept: int,
-    ) -> tuple[Tensor, dict[int, Tensor], Columns]:
-        """Pass 1: all vectors, the outputs whose graph lives, and the documents on their way."""
+    ) -> tuple[Tensor, list[PackedBatch], dict[int, Tensor], Columns]:
+        """Pass 1: all vectors, the chunks on the device, the outputs whose graph lives, and the
+        documents on their way."""
         columns, split = Columns(part_sizes), share.num_queries
         vectors_XD: Tensor | None = None
+        packed: list[PackedBatch] = []
         graphs: dict[int, Tensor] = {}
         own = columns.rank
-        for number, (chunk, tokens) in enumerate(zip(chunks, packed, strict=True)):
+        for number, chunk in enumerate(chunks):
+            # packed one by one: a GPU computes meanwhile
+            tokens = self._pack(share, chunk)
+            packed.append(tokens)
             last, kept = number + 1 == len(chunks), number >= len(chunks) - num_kept
             if last and vectors_XD is not None:
                 columns.send(vectors_XD[split : split + part_sizes[0][own]])
@@ -229,7 +236,7 @@ class GradCache:
                 graphs[number] = out_BD
         assert vectors_XD is not None
         columns.send(vectors_XD[split + part_sizes[0][own] :])
-        return vectors_XD, graphs, columns
+        return vectors_XD, packed, graphs, columns
 
     def _replay(
         self,
@@ -272,17 +279,18 @@ class GradCache:
 
 
 class _GraphRoom:
-    """How many graphs of a full chunk fit beside everything else.
+    """How many graphs fit beside everything else.
 
-    The first step keeps none and counts what a graph takes; its peak is what a step needs besides.
-    The second keeps half of what should fit, and its peak corrects the count. From then on every
-    step asks what the device has left.
+    The first step keeps none and counts what a graph takes; its peak holds one graph and what a
+    step needs besides. The second keeps half of what should fit, and its peak corrects the count.
+    From then on every step asks what the device has left. Kept graphs are gone before a chunk is
+    encoded again.
     """
 
-    def __init__(self, device: torch.device, token_budget: int, wanted: KeepGraphs) -> None:
-        self.device, self.token_budget, self.wanted = device, token_budget, wanted
-        self.graph_bytes = 0.0  # of a full chunk
-        self.base_bytes = 0  # of a step that keeps none
+    def __init__(self, device: torch.device, wanted: KeepGraphs) -> None:
+        self.device, self.wanted = device, wanted
+        self.bytes_per_token = 0.0  # of a graph
+        self.base_bytes = 0.0  # of a step without any graph
         self.steps_measured = 0
 
     @property
@@ -291,23 +299,25 @@ class _GraphRoom:
 
     def count_graph(self, num_bytes: int, num_tokens: int) -> None:
         """A graph of so many tokens takes so many bytes."""
-        self.graph_bytes = max(self.graph_bytes, num_bytes * self.token_budget / num_tokens)
+        self.bytes_per_token = max(self.bytes_per_token, num_bytes / num_tokens)
 
-    def learn(self, peak_bytes: int, num_kept: int) -> None:
-        """A step that kept so many graphs took so much at its highest."""
+    def learn(self, peak_bytes: int, num_kept: int, num_tokens: int) -> None:
+        """A step that kept so many graphs, of so many tokens the largest, took so much at its
+        highest."""
         self.steps_measured += 1
-        if not num_kept:
-            self.base_bytes = max(self.base_bytes, peak_bytes)
+        if num_kept:
+            real = (peak_bytes - self.base_bytes) / num_kept / num_tokens
+            self.bytes_per_token = max(self.bytes_per_token, real)
         else:
-            real = (peak_bytes - self.base_bytes) / num_kept
-            self.graph_bytes = max(self.graph_bytes, real)
+            without = peak_bytes - self.bytes_per_token * num_tokens
+            self.base_bytes = max(self.base_bytes, without)
 
-    def count(self) -> int:
-        """Graphs that this rank may keep in the step that begins."""
+    def count(self, num_tokens: float) -> int:
+        """Graphs of so many tokens that this rank may keep in the step that begins."""
         if isinstance(self.wanted, int):
             return self.wanted
-        if not self.steps_measured or not self.graph_bytes:
+        if not self.steps_measured or not self.bytes_per_token:
             return 0
         spare = spare_bytes(self.device) - self.base_bytes
-        count = max(0, int(spare // self.graph_bytes))
+        count = max(0, int(spare // (self.bytes_per_token * num_tokens)))
         return count // 2 if self.measuring else count

@@ -38,8 +38,9 @@ ENCODE_CSV = ROOT / "benchmarks" / "encode.csv"
     "--tokenizer", type=click.Path(path_type=Path), show_default="SmolLM2's", help="Its folder."
 )
 @click.option("--max-tokens", default=512, show_default=True, help="Of a document.")
-@click.option("--rounds", default=3, show_default=True, help="Measured steps of every way.")
+@click.option("--rounds", default=3, show_default=True, help="Turns of every way.")
 @click.option("--ablation/--no-ablation", default=True, help="Also ours without each feature.")
+@click.option("--alone", is_flag=True, help="Ours without sentence-transformers.")
 @click.option("--quick", is_flag=True, help="16 pairs once; prints, does not write.")
 @click.option("--memory", is_flag=True, help="Only count what graphs of the paper's sizes take.")
 @click.option("--encode", is_flag=True, help="Measure encoding and search; no training.")
@@ -55,6 +56,7 @@ def main(
     max_tokens: int,
     rounds: int,
     ablation: bool,
+    alone: bool,
     quick: bool,
     memory: bool,
     encode: bool,
@@ -86,7 +88,7 @@ def main(
                 counts.write(out)
                 return
             rows = Rows(f"step {shape}", device)
-            budgets = [4096, 8192] if device.type == "cpu" else [16384, 65536]
+            budgets = [4096, 8192] if device.type == "cpu" else [65536, 131072]
             mini = [32, 64] if device.type == "cpu" else [128, 512]
             folder, encoder = random_retriever(Path(scratch) / "model", SHAPES[shape], tokenizer)
             whole = bench.read_pairs(encoder, pairs, sizes[-1], 64, max_tokens)
@@ -110,14 +112,25 @@ def main(
                 return speeds
 
             our_ways = [bench.Ours(token_budget=b) for b in budgets]
-            their_ways = [bench.Theirs(n) for n in mini]
-            their_ways += [bench.Theirs(num_tokens=b) for b in budgets]
+            if device.type == "cuda":
+                our_ways += [bench.Ours(token_budget=b, fused="compile") for b in budgets]
+            their_ways: list[bench.Theirs] = []
+            if not alone:
+                their_ways += [bench.Theirs(n) for n in mini]
+                their_ways += [bench.Theirs(num_tokens=b) for b in budgets]
             speeds = run([*our_ways, *their_ways], sizes[0], 1, "sweep")
-            ours, theirs = bench.fastest(speeds, our_ways), bench.fastest(speeds, their_ways)
+            ours = bench.fastest(speeds, our_ways)
+            best: list[bench.Way] = [
+                ours,
+                *([bench.fastest(speeds, their_ways)] if their_ways else []),
+            ]
             for size in sizes:
-                found = run([ours, theirs], size, rounds, "compared")
-                ratio = found[str(ours)] / found[str(theirs)]
-                console.print(f"[bold]{size} pairs: {ratio:.2f} times theirs[/]", highlight=False)
+                found = run(best, size, rounds, "compared")
+                for theirs in best[1:]:
+                    ratio = found[str(ours)] / found[str(theirs)]
+                    console.print(
+                        f"[bold]{size} pairs: {ratio:.2f} times theirs[/]", highlight=False
+                    )
             if ablation:
                 run([ours, *bench.ablation(ours)], sizes[0], rounds, "ablation")
 

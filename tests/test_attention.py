@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drama import attention as module
 from drama.attention import PackedLayout, choose_backend, varlen_attention
 
 RAGGED = {
@@ -69,6 +70,34 @@ def test_output_and_gradients_are_those_of_dense_attention(
         results.append((out_THE, *torch.autograd.grad(out_THE, (q, k, v), grad_THE)))
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("lengths", [*RAGGED.values(), (2, 3, 5, 5, 8, 8, 8)], ids=str)
+def test_long_runs_of_one_length_are_dense_batches(
+    lengths: tuple[int, ...], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a Hopper GPU, with the CPU's kernels in the place of cuDNN's and of varlen's."""
+    monkeypatch.setattr(module, "DENSE_WORK", 40)
+    between: list[tuple[int, ...]] = []
+
+    def rest(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+        between.append(layout.lengths)
+        assert layout.cu_seqlens.tolist() == [0, *accumulate(layout.lengths)]
+        return module._sdpa_per_sequence(q, k, v, layout, scale)
+
+    monkeypatch.setattr(module, "_torch_varlen", rest)
+    layout = layout_of(lengths, causal)
+    *leaves, grad_THE = inputs(sum(lengths), (4, 2), width=8)
+    results = []
+    for attention in (module._by_run, dense_attention):
+        q, k, v = (x.clone().requires_grad_() for x in leaves)
+        out_THE = attention(q, k, v, layout, 0.3)
+        results.append((out_THE, *torch.autograd.grad(out_THE, (q, k, v), grad_THE)))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-13)
+    dense = [(n, lengths.count(n)) for n in set(lengths) if n * n * lengths.count(n) >= 40]
+    assert sum(map(len, between)) == len(lengths) - sum(count for _, count in dense)
 
 
 def test_views_as_transformers_hands_them_over() -> None:

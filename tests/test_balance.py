@@ -11,7 +11,7 @@ import torch
 
 from drama.balance import Share, _same_documents, share_out
 from drama.data.batches import RankBatch
-from drama.data.packing import TokenRows
+from drama.data.packing import TokenRows, count_chunks
 from drama.gather import Columns
 from drama.kernels.infonce_reference import infonce_reference
 from drama.loss import ContrastiveLoss
@@ -166,6 +166,6 @@ def test_chunks_mix_queries_and_documents_by_length() -> None:
     )
     share = share_out(batch, balance=True, group=None)
     assert [len(row) for row in share.rows] == [2, 9, 1, 3, 5, 7]
-    num_chunks = share.count_chunks(token_budget=11)
+    num_chunks = count_chunks(share.lengths, token_budget=11)
     assert num_chunks == 3  # 1 2 3 5 | 7 | 9
     assert share.chunks(num_chunks) == [[2, 0, 3, 4], [5], [1]]

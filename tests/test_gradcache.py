@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel
 
+from drama import gradcache
+from drama.gradcache import _GraphRoom
 from drama.kernels.infonce_reference import infonce_reference
 from drama.testing import run_deepspeed, tiny_llama
 
@@ -126,3 +128,16 @@ def test_gradients_under_zero_0_to_3_equal_the_whole_batch(
         else:  # weights and states have 8 bits; a lost chunk or a wrong scale is far beyond this
             assert abs(result["loss"] - loss) < 0.05 * abs(loss)
             assert result["whole"] < 0.1, f"{name}: {result['errors']}"
+
+
+def test_graphs_that_fit_are_all_kept(monkeypatch):
+    """The first step holds one graph at a time, and that is no part of what every step needs."""
+    room = _GraphRoom(torch.device("cpu"), "auto")
+    monkeypatch.setattr(gradcache, "spare_bytes", lambda device: 570)
+    assert room.count(10) == 0, "nothing is known yet"
+    room.count_graph(100, 10)
+    room.learn(peak_bytes=150, num_kept=0, num_tokens=10)  # a graph and 50 besides
+    assert room.count(10) == 2, "half of what fits, while it measures"
+    room.learn(peak_bytes=2 * 104 + 50, num_kept=2, num_tokens=10)
+    assert room.count(10) == 5
+    assert room.count(5) == 10, "graphs of smaller chunks"

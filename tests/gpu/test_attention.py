@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drama.attention import PackedLayout, _torch_varlen, choose_backend, varlen_attention
+from drama.attention import PackedLayout, _by_run, _torch_varlen, choose_backend, varlen_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -19,6 +19,7 @@ LENGTHS = {
     "ragged": (1, 63, 130, 5, 1000, 17),
     "equal": (128,) * 8,
     "single-tokens": (1, 1, 1),
+    "long-runs": (7, 90, *(512,) * 17, 600, 2100, 2100),
 }
 Attention = Callable[[Tensor, Tensor, Tensor, PackedLayout, float], Tensor]
 
@@ -52,7 +53,9 @@ def flash_attn_varlen(
 @pytest.mark.parametrize("heads", [(4, 4), (12, 3)], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize(
-    "attention", [_torch_varlen, flash_attn_varlen, varlen_attention], ids=lambda f: f.__name__
+    "attention",
+    [_torch_varlen, _by_run, flash_attn_varlen, varlen_attention],
+    ids=lambda f: f.__name__,
 )
 def test_errors_are_at_most_twice_those_of_plain_torch(
     attention: Attention, lengths: tuple[int, ...], heads: tuple[int, int], causal: bool
