@@ -77,7 +77,8 @@ def show(
     name, why = attention.choose_backend(device.type, dtype)
     many = infonce.choose_backend("auto", vectors.expand(4096, -1), 4096 * world)
     once = "one full gradient a rank fits" if recipe.step.grad_reduction == "auto" else "as asked"
-    often = "adds up locally" if step.stage < 2 else "saves a full gradient's memory"
+    local = step.stage < 2
+    often = "adds up locally" if local else "saves a full gradient's memory"
     rows = [
         Choice("attention", name, why),
         *choices,
@@ -86,7 +87,11 @@ def show(
         Choice("loss", many, f"{device.type}; plain where the batch is small"),
         Choice(
             "gradient reduction",
-            "once a step" if step.reduction == "step" else "after each chunk",
+            "once a step"
+            if step.reduction == "step"
+            else "with the last chunk"
+            if local
+            else "after each chunk",
             once if step.reduction == "step" else often,
         ),
         Choice("kept graphs", str(step.room.wanted), _kept(step)),

@@ -68,21 +68,20 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 def adamw(
     module: nn.Module, train: Optimization, device: torch.device, *, offloaded: bool
 ) -> torch.optim.Optimizer:
-    """AdamW: DeepSpeed's fused kernel where its extension can be built, else torch's.
+    """AdamW: torch's, fused on a GPU.
 
-    offloaded: the states live on the host beside a GPU, where DeepSpeed's vectorised one serves.
+    offloaded: the states live on the host beside a GPU, where DeepSpeed's vectorised one serves if
+    its extension can be built.
     """
     groups = parameter_groups(module, train.weight_decay)
     options: dict[str, Any] = {"lr": train.lr, "betas": train.betas}
-    if device.type == "cuda":
+    if device.type == "cuda" and offloaded:
         from deepspeed.ops import adam, op_builder
 
-        if offloaded and op_builder.CPUAdamBuilder().is_compatible(verbose=False):
+        if op_builder.CPUAdamBuilder().is_compatible(verbose=False):
             return adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-        if not offloaded and op_builder.FusedAdamBuilder().is_compatible(verbose=False):
-            return adam.FusedAdam(groups, adam_w_mode=True, **options)
-        options["fused"] = not offloaded
-    return torch.optim.AdamW(groups, **options)
+    fused = True if device.type == "cuda" and not offloaded else None
+    return torch.optim.AdamW(groups, fused=fused, **options)
 
 
 def start_engine(
@@ -117,10 +116,13 @@ def start_engine(
 def settle_reduction(engine: Any, wanted: Reduction) -> Reduction:
     """Whether gradients are reduced once a step or after each chunk; a collective.
 
-    "auto" takes "step" where one full gradient is small beside the memory that every rank has left.
-    ZeRO 0 only adds up locally, "chunk" it is.
+    ZeRO 0 only adds up locally, "chunk" it is. "auto" takes the faster form where one full gradient
+    is small beside the memory that every rank has left, else the one with less memory: ZeRO 1 adds
+    up beside the last chunk's gradient and reduces behind its backward pass ("chunk"); ZeRO 2 and 3
+    reduce once for one full gradient ("step").
     """
-    if not engine.zero_optimization_stage():
+    stage = engine.zero_optimization_stage()
+    if not stage:
         return "chunk"
     if wanted != "auto":
         return wanted
@@ -130,7 +132,7 @@ def settle_reduction(engine: Any, wanted: Reduction) -> Reduction:
     fits = torch.tensor(int(size < GRADIENT_SHARE * spare_bytes(engine.device)))
     if engine.world_size > 1:
         dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=host_group())
-    return "step" if fits.item() else "chunk"
+    return "step" if bool(fits.item()) == (stage > 1) else "chunk"
 
 
 def step_engine(engine: Any, *, sound: bool = True) -> float:

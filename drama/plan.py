@@ -221,6 +221,8 @@ def memory(
     gradients = model.trained * size
     if stage == 3:  # a bucket that lives all the time
         gradients += REDUCE_BUCKET * size
+    if not reduce_by_step and stage == 1:  # measured: the chunks' sum, and a copy
+        gradients += 2 * model.trained * size
     if not reduce_by_step and stage >= 2:
         gradients -= model.trained * size * (shard - 1) // shard
     # the update reads float32 gradients of this rank's part; torch's AdamW writes two more
@@ -315,7 +317,7 @@ def choose(
         held = predict(stage, recipe.train.token_budget, "step").optimizer
         held += model.weights * dtype.itemsize // (ranks if STAGES[stage][0] == 3 else 1)
         small = model.weights * dtype.itemsize < GRADIENT_SHARE * (room - held)
-        return "step" if small else "chunk"
+        return "step" if small == (STAGES[stage][0] > 1) else "chunk"
 
     reductions = {stage: reduction(stage) for stage in STAGES}
     least = max(recipe.data.max_query_tokens, recipe.data.max_document_tokens)
@@ -360,7 +362,7 @@ def tables(plan: Plan, *, mfu: float, peak_tflops: float) -> list[Table]:
     table.add_section()
     table.add_row("peak", *(f"{total / GIB:,.2f}" for total in totals))
     table.add_row("fits", *("yes" if total <= plan.gpu_bytes else "no" for total in totals))
-    table.add_row("reduced once a", *plan.reductions.values())
+    table.add_row("grad_reduction", *plan.reductions.values())
     work, train = plan.work, plan.recipe.train
     flops = 3 * work.flops
     rate = mfu * peak_tflops * 1e12 * plan.ranks

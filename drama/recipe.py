@@ -142,7 +142,7 @@ class StepRecipe(Strict):
     """How a step is computed. None of it changes the gradient, only time and memory."""
 
     keep_graphs: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"  # chunks not encoded twice
-    grad_reduction: Literal["auto", "step", "chunk"] = "auto"  # once a step, or after every chunk
+    grad_reduction: Literal["auto", "step", "chunk"] = "auto"  # once a step, or chunk by chunk
     balance_ranks: bool = True  # deal texts out so that all ranks have the same number of tokens
     recompute_blocks: bool = False  # activation checkpointing: block inputs only, for long texts
     pooled_last_block: bool = True  # the last block only at the token that is pooled

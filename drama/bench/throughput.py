@@ -51,7 +51,7 @@ class Ours:
     pooled_last_block: bool = True
     pooled_norm: bool = True
     keep_graphs: Any = "auto"
-    reduction: Any = "step"
+    reduction: Any = "auto"
     packed: bool = True
     fused: str = "liger"  # on a GPU that has it; or compile, off
 
@@ -244,10 +244,10 @@ def measure(
             note(f"{name}: {median:,.0f} tokens/s, loss {losses[name]:.4f}")
     _check_losses(losses)
     speeds = {}
-    x, mode = f"B={batch.num_queries}, {max_tokens} tokens at most", f"step, {part}"
+    x, mode = f"B={batch.num_queries}, {sum(lengths)} tokens", f"step, {part}"
     for way in ways:
         name = str(way)
-        setting = {"shape": shape, "tokens": sum(lengths), **asdict(way)}
+        setting = {"shape": shape, "longest": max_tokens, **asdict(way)}
         if name in failed:
             speeds[name] = 0.0
             rows.add(name, mode, "out of memory", x, [1.0], setting)
@@ -316,6 +316,6 @@ def ablation(whole: Ours) -> list[Ours]:
         replace(whole, pooled_last_block=False),
         replace(whole, pooled_norm=False),
         replace(whole, keep_graphs=0),
-        replace(whole, reduction="chunk"),
+        replace(whole, reduction="step"),
         *([replace(whole, fused="off")] if fused else []),
     ]

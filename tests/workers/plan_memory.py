@@ -21,9 +21,17 @@ from drama.trainer import Trainer
 
 
 def measure(path: Path, name: str) -> list[int]:
+    """name: a configuration, or with `:chunk` the form of its reduction."""
     quiet_libraries()
+    name, _, reduction = name.partition(":")
     recipe = Recipe.load(
-        path, [f"train.deepspeed={name}", "step.keep_graphs=0", "train.batch_size=16"]
+        path,
+        [
+            f"train.deepspeed={name}",
+            f"step.grad_reduction={reduction or 'step'}",
+            "step.keep_graphs=0",
+            "train.batch_size=16",
+        ],
     )
     planned = memory(
         *(count_model(recipe, torch.float32), count_work(recipe)),
@@ -32,6 +40,7 @@ def measure(path: Path, name: str) -> list[int]:
         token_budget=recipe.train.token_budget,
         dtype=torch.float32,
         on_gpu=False,
+        reduce_by_step=recipe.step.grad_reduction == "step",
     )
     with Ranks.start() as ranks:
 
