@@ -7,7 +7,7 @@
 
 Correctness first: every provider's gradients are held against float64, and one that is off gets no
 time. Candidates run in turn. Rows go to benchmarks/kernels.csv as they are measured; rows of other
-devices and kernels stay there. What is installed is measured: sentence-transformers everywhere, and
+cases and devices stay there. What is installed is measured: sentence-transformers everywhere, and
 on a GPU `pip install inf-cl cut-cross-entropy liger-kernel`.
 """
 

@@ -131,7 +131,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 class Rows:
-    """Collects rows and writes them; rows of other kernels and devices stay."""
+    """Collects rows and writes them beside those of other cases and devices."""
 
     def __init__(self, kernel: str, device: torch.device) -> None:
         self.kernel, self.rows = kernel, []  # type: ignore[var-annotated]
@@ -188,15 +188,12 @@ class Rows:
                 torch.cuda.empty_cache()
 
     def write(self, path: Path) -> None:
-        """Replace this kernel's rows of this device in the file, keep all others."""
-        kept = []
+        """Replace what the file has of the same cases on this device, keep all other rows: a run
+        that was cut loses no older figure of what it did not reach."""
+        kept, mine = [], {_measured(row) for row in self.rows}
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
-                kept = [
-                    row
-                    for row in csv.DictReader(file)
-                    if (row["kernel"], row["device"]) != (self.kernel, self.common["device"])
-                ]
+                kept = [row for row in csv.DictReader(file) if _measured(row) not in mine]
         with (
             replacing(path) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
@@ -204,6 +201,10 @@ class Rows:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept + self.rows)
+
+
+def _measured(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[column] for column in ("kernel", "provider", "mode", "x", "device"))
 
 
 def device_name(device: torch.device) -> str:

@@ -86,6 +86,20 @@ def test_rate_is_work_over_time():
     assert abs(float(row["GB/s"]["median"]) * seconds / 3 - 1) < 2e-3
 
 
+def test_a_case_measured_again_replaces_its_rows_alone(tmp_path):
+    """Also what it had where it now runs out of memory; a run that was cut leaves the others."""
+    path = tmp_path / "kernels.csv"
+    first, second = Rows("infonce", CPU), Rows("infonce", CPU)
+    for x in ("B=1", "B=2"):
+        first.add("ours", "forward", "ms", x, [1.0], {})
+    first.write(path)
+    second.add("ours", "forward", "out of memory", "B=1", [1.0], {})
+    second.write(path)
+    with path.open(newline="") as file:
+        read = [(row["x"], row["metric"]) for row in csv.DictReader(file)]
+    assert read == [("B=2", "ms"), ("B=1", "out of memory")]
+
+
 def test_rows_of_other_kernels_stay(tmp_path):
     path = tmp_path / "kernels.csv"
     for kernel, value in (("infonce", 1.0), ("pool_last", 2.0), ("pool_mean", 3.0), ("infonce", 4)):
