@@ -158,7 +158,8 @@ def test_predicted_memory_is_within_15_percent_of_real_steps(memories, name):
 def memories(recipe_path) -> dict[str, list[int]]:
     out = recipe_path.parent / "memories.json"
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, str(WORKER), str(recipe_path), str(out), "zero1", "zero1:chunk", "zero3"]
+    names = ["zero1", "zero1:chunk", "zero3"]
+    command = [sys.executable, str(WORKER), str(recipe_path), str(out), *names]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=500, env=environment, check=False
     )
