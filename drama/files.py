@@ -53,12 +53,18 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     The old folder is moved aside before and removed after the rename. An error leaves the old one
     in its place; a process that is killed between the two renames leaves it aside, and `recovered`,
     which the next call begins with, puts it back.
+
+    Raises:
+        UserError: a place that takes no folders, as /proc.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     recovered(target)
     temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+    except FileNotFoundError:
+        raise UserError(f"{target}: no folder can be made in {target.parent}") from None
     try:
         yield temporary
         old = target.with_name(f".{target.name}.old-{os.getpid()}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from drama.errors import UserError
 from drama.files import recovered, replacing, replacing_folder
 
 
@@ -85,6 +86,15 @@ def test_an_error_keeps_the_old_folder(tmp_path: Path, fault: type[BaseException
         stop_halfway_in_folder(target, fault)
     assert (target / "a").read_text() == "old"
     assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_place_that_takes_no_folder_is_named() -> None:
+    with (
+        pytest.raises(UserError, match="no folder can be made in /proc"),
+        replacing_folder("/proc/model"),
+    ):
+        pytest.fail("nothing is there to write to")
 
 
 def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path) -> None:
