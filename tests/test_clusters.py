@@ -75,6 +75,7 @@ def test_deepspeed_on_two_nodes(world, tmp_path):
     same_run(tmp_path / "run", world / "whole")
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_nodes(world, tmp_path):
     port = str(free_port())
     run_nodes(

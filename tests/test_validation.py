@@ -148,6 +148,7 @@ def test_every_option_shows_in_the_metrics(world, whole):
         assert frozen == (name == "embed_tokens.weight"), name
 
 
+@pytest.mark.slow
 def test_one_rank_learns_what_two_learn(options, whole):
     folder, arguments = options
     one = ["--set", f"output={folder / 'one'}", "--set", "train.deepspeed=zero1"]

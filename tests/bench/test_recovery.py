@@ -57,6 +57,7 @@ def test_a_row_for_every_way_and_phase(tmp_path: Path) -> None:
     assert facts["slots"] >= facts["tokens"] > facts["longest"]
 
 
+@pytest.mark.slow
 def test_a_comparison_over_seeds(tmp_path: Path) -> None:
     """Two arms, two seeds; called again, it runs nothing anew."""
     tiny_llama(tmp_path / "parent")
