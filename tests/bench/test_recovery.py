@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 
 from drama.data.sharding import ShardingOptions, shard_sources
