@@ -177,8 +177,10 @@ class GradCache:
         """Chunks and kept graphs of this step, the same on every rank; lengths: of this rank's
         texts, sorted."""
         num_chunks = count_chunks(lengths, self.token_budget)
+        longest = max(lengths, default=1)
         # even chunks: the largest is at most a text above their mean
-        largest = sum(lengths) / max(1, num_chunks) + max(lengths, default=0)
+        largest = sum(lengths) / max(1, num_chunks) + longest
+        largest = min(largest, max(self.token_budget, longest))
         counts = torch.tensor([num_chunks, -self.room.count(largest)])
         if self.world_size > 1:
             dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.group)
