@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION_NAME = "drama_varlen"
 DENSE_WORK = 2**22  # pairs of tokens for which a launch of their own is nothing
+DENSE_STEP = 128  # cuDNN plans anew for every shape: lengths at which texts are cut, not any
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,31 @@ class PackedLayout:
     @functools.cached_property
     def parts(self) -> list[tuple[int | None, PackedLayout]]:
         """Runs of texts of one length with at least `DENSE_WORK` pairs of tokens, by that length,
-        and what lies between them, by None."""
+        and what lies between them, by None.
+
+        Lengths are multiples of `DENSE_STEP` and counts powers of two, so that few shapes occur.
+        """
+        pieces: list[tuple[int | None, list[int]]] = []
+        for length, count in self.runs:
+            left = count
+            while left and length % DENSE_STEP == 0:
+                power = 2 ** (left.bit_length() - 1)
+                if length**2 * power < DENSE_WORK:
+                    break
+                pieces.append((length, [length] * power))
+                left -= power
+            if left and (not pieces or pieces[-1][0] is not None):
+                pieces.append((None, []))
+            if left:
+                pieces[-1][1].extend([length] * left)
         parts: list[tuple[int | None, PackedLayout]] = []
-        for dense, group in itertools.groupby(
-            self.runs, key=lambda run: run[0] if run[0] ** 2 * run[1] >= DENSE_WORK else None
-        ):
-            lengths = tuple(length for length, count in group for _ in range(count))
-            first = sum(len(part.lengths) for _, part in parts)
+        first = 0
+        for dense, lengths in pieces:
             cu_seqlens = self.cu_seqlens[first : first + len(lengths) + 1]
-            parts.append((dense, replace(self, cu_seqlens=cu_seqlens - cu_seqlens[0],
-                                         lengths=lengths)))  # fmt: skip
+            if dense is None:  # nothing else reads them
+                cu_seqlens = cu_seqlens - cu_seqlens[0]
+            parts.append((dense, replace(self, cu_seqlens=cu_seqlens, lengths=tuple(lengths))))
+            first += len(lengths)
         return parts
 
     @property
@@ -95,7 +111,8 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     except (ImportError, AttributeError, OSError) as error:
         absent = isinstance(error, ModuleNotFoundError)
         why = "is not installed" if absent else f"cannot be used: {str(error).splitlines()[0]}"
-        return "torch varlen", f"flash_attn {why}"
+        runs = "; long runs of one length: cuDNN" if _is_hopper(torch.device("cuda")) else ""
+        return "torch varlen", f"flash_attn {why}{runs}"
     return "flash-attn varlen", "flash_attn is installed"
 
 
@@ -128,6 +145,8 @@ def varlen_attention(
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     """Where cuDNN's attention is the faster one: FlashAttention 2 was written for Ampere."""
+    if not torch.cuda.is_available():
+        return False
     return torch.cuda.get_device_capability(device)[0] == 9 and torch.backends.cudnn.is_available()
 
 
@@ -145,7 +164,11 @@ def _by_run(
         if length is None:
             outputs.append(_torch_varlen(q_THE, k_TGE, v_TGE, part, scale))
             continue
-        q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q_THE, k_TGE, v_TGE))
+        # contiguous: strides are part of what cuDNN plans for
+        q, k, v = (
+            x.contiguous().view(-1, length, *x.shape[1:]).transpose(1, 2)
+            for x in (q_THE, k_TGE, v_TGE)
+        )
         ways = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
         with sdpa_kernel(ways, set_priority=True):
             out = F.scaled_dot_product_attention(

@@ -76,8 +76,10 @@ def show(
     vectors = torch.empty(1, encoder.dim, dtype=dtype, device=device)
     name, why = attention.choose_backend(device.type, dtype)
     many = infonce.choose_backend("auto", vectors.expand(4096, -1), 4096 * world)
-    once = "one full gradient a rank fits" if recipe.step.grad_reduction == "auto" else "as asked"
     local = step.stage < 2
+    once = "less memory" if local else "one full gradient a rank fits"
+    if recipe.step.grad_reduction != "auto":
+        once = "as asked"
     often = "adds up locally" if local else "saves a full gradient's memory"
     rows = [
         Choice("attention", name, why),

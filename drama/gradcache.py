@@ -71,7 +71,7 @@ class GradCache:
         token_budget: tokens a chunk, which bounds the memory of a graph; a longer text is alone.
         keep_graphs: chunks of pass 1 whose graph is kept, at most; "auto" measures in the first
             two steps what a graph takes, and keeps what fits in the memory that each step finds.
-        reduction: see above; "auto" takes "step" where a full gradient is small beside the memory.
+        reduction: see above; "auto" looks at the memory, see `settle_reduction`.
         balance: deal the texts out anew, so that every rank has the same number of tokens.
     """
 
@@ -117,12 +117,13 @@ class GradCache:
         if not math.isfinite(result.loss + result.grad_temperature):
             gradient_XD.fill_(math.nan)  # so that the engine leaves the step out
         watch.lap("loss")
+        loss_bytes = peak.taken() if peak is not None else 0
 
         self._replay(chunks, packed, graphs, gradient_XD, watch)
         watch.lap("reduce")
         if peak is not None:
             most = max(len(tokens.input_ids_T) for tokens in packed)
-            self.room.learn(peak.taken(), len(graphs), most)
+            self.room.learn(peak.taken(), loss_bytes, len(graphs), most)
         return StepOutput(
             loss=result.loss,
             loss_by_prefix=result.loss_P.tolist(),
@@ -283,10 +284,10 @@ class GradCache:
 class _GraphRoom:
     """How many graphs fit beside everything else.
 
-    The first step keeps none and counts what a graph takes; its peak holds one graph and what a
-    step needs besides. The second keeps half of what should fit, and its peak corrects the count.
-    From then on every step asks what the device has left. Kept graphs are gone before a chunk is
-    encoded again.
+    The first step keeps none and counts what a graph takes and what a step needs besides: its
+    replay holds one graph. The second keeps half of what should fit, and its peak corrects the
+    count. From then on every step asks what the device has left. Kept graphs are gone before a
+    chunk is encoded again.
     """
 
     def __init__(self, device: torch.device, wanted: KeepGraphs) -> None:
@@ -303,16 +304,17 @@ class _GraphRoom:
         """A graph of so many tokens takes so many bytes."""
         self.bytes_per_token = max(self.bytes_per_token, num_bytes / num_tokens)
 
-    def learn(self, peak_bytes: int, num_kept: int, num_tokens: int) -> None:
+    def learn(self, peak_bytes: int, loss_bytes: int, num_kept: int, num_tokens: int) -> None:
         """A step that kept so many graphs, of so many tokens the largest, took so much at its
-        highest."""
+        highest, and so much up to the end of the loss."""
         self.steps_measured += 1
         if num_kept:
             real = (peak_bytes - self.base_bytes) / num_kept / num_tokens
             self.bytes_per_token = max(self.bytes_per_token, real)
         else:
-            without = peak_bytes - self.bytes_per_token * num_tokens
-            self.base_bytes = max(self.base_bytes, without)
+            # up to the loss no graph was alive, from then on one
+            replay_bytes = peak_bytes - self.bytes_per_token * num_tokens
+            self.base_bytes = max(self.base_bytes, loss_bytes, replay_bytes)
 
     def count(self, num_tokens: float) -> int:
         """Graphs of so many tokens that this rank may keep in the step that begins."""

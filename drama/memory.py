@@ -15,8 +15,8 @@ import psutil
 import torch
 from torch import Tensor
 
-# of the spare memory, what one full local gradient may take before gradients are reduced chunk by
-# chunk rather than once a step
+# of the spare memory, what one full local gradient may take where the fast form of reduction needs
+# one
 GRADIENT_SHARE = 0.25
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

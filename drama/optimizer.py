@@ -116,10 +116,10 @@ def start_engine(
 def settle_reduction(engine: Any, wanted: Reduction) -> Reduction:
     """Whether gradients are reduced once a step or after each chunk; a collective.
 
-    ZeRO 0 only adds up locally, "chunk" it is. "auto" takes the faster form where one full gradient
-    is small beside the memory that every rank has left, else the one with less memory: ZeRO 1 adds
-    up beside the last chunk's gradient and reduces behind its backward pass ("chunk"); ZeRO 2 and 3
-    reduce once for one full gradient ("step").
+    ZeRO 0 only adds up locally, "chunk" it is. "auto" takes "step", under ZeRO 2 and 3 only where
+    one full gradient is small beside the memory that every rank has left. Where there is that room
+    on a GPU, ZeRO 1 takes "chunk": it adds up beside the last chunk's gradient and reduces once,
+    behind that one's backward pass, which is faster there.
     """
     stage = engine.zero_optimization_stage()
     if not stage:
@@ -132,7 +132,9 @@ def settle_reduction(engine: Any, wanted: Reduction) -> Reduction:
     fits = torch.tensor(int(size < GRADIENT_SHARE * spare_bytes(engine.device)))
     if engine.world_size > 1:
         dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=host_group())
-    return "step" if bool(fits.item()) == (stage > 1) else "chunk"
+    if stage == 1:
+        return "chunk" if fits.item() and engine.device.type == "cuda" else "step"
+    return "step" if fits.item() else "chunk"
 
 
 def step_engine(engine: Any, *, sound: bool = True) -> float:

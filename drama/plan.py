@@ -221,7 +221,7 @@ def memory(
     gradients = model.trained * size
     if stage == 3:  # a bucket that lives all the time
         gradients += REDUCE_BUCKET * size
-    if not reduce_by_step and stage == 1:  # measured: the chunks' sum, and a copy
+    if not reduce_by_step and stage == 1:  # at most: the chunks' sum and a copy, as on a CPU
         gradients += 2 * model.trained * size
     if not reduce_by_step and stage >= 2:
         gradients -= model.trained * size * (shard - 1) // shard
@@ -256,8 +256,8 @@ def memory(
 
 @dataclass(frozen=True)
 class Plan:
-    """All configurations, and the one to take. `stage`: a name of ds_configs/. `reductions`: once a
-    "step" or once a "chunk", as the run would reduce gradients under each."""
+    """All configurations, and the one to take. `stage`: a name of ds_configs/. `reductions`: the
+    form in which a run on GPUs would reduce gradients under each."""
 
     recipe: Recipe
     model: Model
@@ -333,7 +333,8 @@ def choose(
         how = reductions[stage]
         budget = max(b for b in useful if predict(stage, b, how).total <= room)
         at = predict(stage, budget, how)
-        spare = room - max(at.phases["replay"], at.phases["loss"])
+        # kept graphs are gone before a chunk is encoded again
+        spare = room - max(at.phases["replay"] - at.activations, at.phases["loss"])
         kept = max(0, min(-(-own // budget), int(spare // max(1, at.activations))))
         if how == "chunk" and STAGES[stage][0] == 3:  # that form keeps none
             kept = 0

@@ -136,8 +136,13 @@ def test_graphs_that_fit_are_all_kept(monkeypatch):
     monkeypatch.setattr(gradcache, "spare_bytes", lambda device: 570)
     assert room.count(10) == 0, "nothing is known yet"
     room.count_graph(100, 10)
-    room.learn(peak_bytes=150, num_kept=0, num_tokens=10)  # a graph and 50 besides
+    room.learn(peak_bytes=150, loss_bytes=40, num_kept=0, num_tokens=10)  # a graph and 50 besides
     assert room.count(10) == 2, "half of what fits, while it measures"
-    room.learn(peak_bytes=2 * 104 + 50, num_kept=2, num_tokens=10)
+    room.learn(peak_bytes=2 * 104 + 50, loss_bytes=258, num_kept=2, num_tokens=10)
     assert room.count(10) == 5
     assert room.count(5) == 10, "graphs of smaller chunks"
+
+    room = _GraphRoom(torch.device("cpu"), "auto")
+    room.count_graph(100, 10)
+    room.learn(peak_bytes=380, loss_bytes=380, num_kept=0, num_tokens=10)
+    assert room.base_bytes == 380, "no graph was alive in a loss that takes more than the replay"

@@ -109,7 +109,8 @@ def test_the_recommendation_fits_and_the_next_larger_chunk_does_not(recipe_path)
         plan = choose(recipe, LARGE, WORK, room=room, **BF16)
         assert (plan.stage, plan.token_budget) == ("zero1", budget)
         rest = at[budget].phases
-        kept = (room - max(rest["replay"], rest["loss"])) // at[budget].activations
+        alone = max(rest["replay"] - at[budget].activations, rest["loss"])
+        kept = (room - alone) // at[budget].activations
         assert plan.kept_chunks == min(kept, plan.num_chunks)
     roomy = choose(recipe, LARGE, WORK, room=10**12, **BF16)
     assert roomy.token_budget == BUDGETS[-1]

@@ -317,5 +317,5 @@ def ablation(whole: Ours) -> list[Ours]:
         replace(whole, pooled_norm=False),
         replace(whole, keep_graphs=0),
         replace(whole, reduction="step"),
-        *([replace(whole, fused="off")] if fused else []),
+        *([replace(whole, fused="off")] if fused or whole.fused == "compile" else []),
     ]

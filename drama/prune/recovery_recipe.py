@@ -60,7 +60,7 @@ class RecoveryTrainRecipe(Optimization):
 class RecoveryStepRecipe(Strict):
     """How a step is computed. None of it changes the gradient, only time and memory."""
 
-    grad_reduction: Literal["auto", "step", "chunk"] = "auto"  # once a step, or after every chunk
+    grad_reduction: Literal["auto", "step", "chunk"] = "auto"  # once a step, or chunk by chunk
     recompute_blocks: bool = False  # activation checkpointing: block inputs only
     liger: OnOff = "auto"  # Liger-Kernel's norm, SwiGLU, RoPE; CUDA only
 

@@ -68,7 +68,8 @@ class RecoveryTelemetry(StepLog):
         engine, recompute = self.engine, self.recipe.step.recompute_blocks
         width = engine.module.lm.config.hidden_size
         loss = linear_loss.choose_backend("auto", torch.empty(1, width, dtype=dtype, device=device))
-        often = "one full gradient a rank" if reduction == "step" else "no full gradient a rank"
+        local = engine.zero_optimization_stage() < 2
+        often = "adds up locally" if local else "no full gradient a rank"
         show_choices(
             [
                 Choice("attention", *attention.choose_backend(device.type, dtype)),
@@ -83,8 +84,12 @@ class RecoveryTelemetry(StepLog):
                 ),
                 Choice(
                     "gradient reduction",
-                    "once a step" if reduction == "step" else "after each chunk",
-                    often if engine.zero_optimization_stage() else "ZeRO 0 adds up locally",
+                    "once a step"
+                    if reduction == "step"
+                    else "with the last chunk"
+                    if local
+                    else "after each chunk",
+                    "one full gradient a rank" if reduction == "step" else often,
                 ),
                 optimizer_choice(engine),
             ]
