@@ -140,6 +140,7 @@ def test_stopped_and_killed_and_started_again_it_gives_the_same_losses_to_the_la
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_a_second_start_waits_until_it_has(world):
     run = world / "interrupted"
     command = [sys.executable, str(TRAIN), "--recipe", str(world / "recipe.yaml")]
