@@ -162,10 +162,12 @@ def test_help_teaches_and_a_bad_option_is_one_line():
 
 def test_a_limit_of_minutes_names_what_is_left(tmp_path):
     """A GPU's grid begins with what is asked for."""
-    wanted = [str(case) for case in bench.cases(torch.device("cuda"), quick=False)[:4]]
+    wanted = [str(case) for case in bench.cases(torch.device("cuda"), quick=False)[:5]]
+    side = 65536
     assert wanted == [
-        "B=65536 N=65536 D=768", "B=65536 N=65536 D=2048", "B=65536 N=65536 D=768",
-        "B=1048576 N=1048576 D=768",
+        str(bench.Case(side, side, 768, bench.WIDTHS)), "B=1048576 N=1048576 D=768",
+        str(bench.Case(side, side, 768, (), True)),
+        "B=65536 N=65536 D=768", "B=65536 N=65536 D=2048",
     ]  # fmt: skip
     command = [sys.executable, str(ROOT / "launchers" / "bench_kernels.py"), "--quick"]
     command += ["--kernel", "infonce", "--minutes", "1e-9", "--out", str(tmp_path / "kernels.csv")]
