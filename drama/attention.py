@@ -157,8 +157,8 @@ def _by_run(
     kernel. Texts cut at the longest length make such runs, and so does any text of 8k tokens."""
     if all(length is None for length, _ in layout.parts):
         return _torch_varlen(q_THE, k_TGE, v_TGE, layout, scale)
-    split = [_parts(x, [sum(part.lengths) for _, part in layout.parts])
-             for x in (q_THE, k_TGE, v_TGE)]  # fmt: skip
+    sizes = [sum(part.lengths) for _, part in layout.parts]
+    split = [_parts(x, sizes) for x in (q_THE, k_TGE, v_TGE)]
     outputs = []
     for (length, part), q_THE, k_TGE, v_TGE in zip(layout.parts, *split, strict=True):
         if length is None:

@@ -68,34 +68,19 @@ def prepare(encoder: Encoder, recipe: Recipe, device: torch.device) -> list[Choi
     ]
 
 
-def show(
-    choices: list[Choice], recipe: Recipe, encoder: Encoder, step: GradCache, dtype: torch.dtype
-) -> None:
+def show(choices: list[Choice], encoder: Encoder, step: GradCache, dtype: torch.dtype) -> None:
     """Print the table, with what the gradient cache settled on."""
     device, world = step.device, step.world_size
     vectors = torch.empty(1, encoder.dim, dtype=dtype, device=device)
     name, why = attention.choose_backend(device.type, dtype)
     many = infonce.choose_backend("auto", vectors.expand(4096, -1), 4096 * world)
-    local = step.stage < 2
-    once = "less memory" if local else "one full gradient a rank fits"
-    if recipe.step.grad_reduction != "auto":
-        once = "as asked"
-    often = "adds up locally" if local else "saves a full gradient's memory"
     rows = [
         Choice("attention", name, why),
         *choices,
         optimizer_choice(step.engine),
         Choice("pooling", pool.choose_backend("auto", vectors), f"{device.type} kernel"),
         Choice("loss", many, f"{device.type}; plain where the batch is small"),
-        Choice(
-            "gradient reduction",
-            "once a step"
-            if step.reduction == "step"
-            else "with the last chunk"
-            if local
-            else "after each chunk",
-            once if step.reduction == "step" else often,
-        ),
+        reduction_choice(step.stage, step.reduction),
         Choice("kept graphs", str(step.room.wanted), _kept(step)),
         Choice(
             "texts of a rank",
@@ -112,6 +97,15 @@ def show_choices(rows: Sequence[Choice]) -> None:
     for row in rows:
         table.add_row(row.what, row.chosen, row.why)
     console.print(table)
+
+
+def reduction_choice(stage: int, reduction: str) -> Choice:
+    """When gradients are reduced under a ZeRO stage, and what a rank holds for it."""
+    if reduction == "step":
+        return Choice("gradient reduction", "once a step", "one full gradient a rank")
+    if stage < 2:
+        return Choice("gradient reduction", "with the last chunk", "adds up locally")
+    return Choice("gradient reduction", "after each chunk", "no full gradient a rank")
 
 
 def optimizer_choice(engine: Any) -> Choice:

@@ -222,7 +222,7 @@ class Trainer:
         inputs = self._inputs()
         first = self._resume(self.start, inputs) if self.start else 0
         console.print(self._headline(first))
-        choices.show(self.chosen, recipe, self.encoder, self.step_runner, self.dtype)
+        choices.show(self.chosen, self.encoder, self.step_runner, self.dtype)
         with (
             progress(disable=not self.ranks.is_main) as bar,
             StopSignals(self.ranks) as signals,

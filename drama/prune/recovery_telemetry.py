@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from drama import attention
-from drama.choices import Choice, optimizer_choice, show_choices
+from drama.choices import Choice, optimizer_choice, reduction_choice, show_choices
 from drama.data.texts import TextBatch
 from drama.distributed import Ranks
 from drama.kernels import linear_loss
@@ -68,8 +68,6 @@ class RecoveryTelemetry(StepLog):
         engine, recompute = self.engine, self.recipe.step.recompute_blocks
         width = engine.module.lm.config.hidden_size
         loss = linear_loss.choose_backend("auto", torch.empty(1, width, dtype=dtype, device=device))
-        local = engine.zero_optimization_stage() < 2
-        often = "adds up locally" if local else "no full gradient a rank"
         show_choices(
             [
                 Choice("attention", *attention.choose_backend(device.type, dtype)),
@@ -82,15 +80,7 @@ class RecoveryTelemetry(StepLog):
                     "block inputs only" if recompute else "all kept",
                     f"step.recompute_blocks: {str(recompute).lower()}",
                 ),
-                Choice(
-                    "gradient reduction",
-                    "once a step"
-                    if reduction == "step"
-                    else "with the last chunk"
-                    if local
-                    else "after each chunk",
-                    "one full gradient a rank" if reduction == "step" else often,
-                ),
+                reduction_choice(engine.zero_optimization_stage(), reduction),
                 optimizer_choice(engine),
             ]
         )

@@ -226,8 +226,7 @@ class Index:
         for start in range(0, self.meta.rows, step):
             rows_M = np.arange(start, min(start + step, self.meta.rows))
             flat.add(np.ascontiguousarray(cut(self._take(rows_M), dim)))
-        rows = self.meta.rows
-        meta = dataclasses.replace(self.meta, type="flat", dim=dim, rows_per_file=rows)
+        meta = dataclasses.replace(self.meta, type="flat", dim=dim, rows_per_file=self.meta.rows)
         return Index([flat], self.ids, meta)
 
     def _first_stage(
@@ -382,11 +381,8 @@ def _open_file(path: Path) -> Any:
 def _whole_vectors(folder: Path, meta: IndexMeta, rerank: bool | None) -> Vectors | None:
     source = Path(meta.vectors)
     if rerank is None and not source.is_dir():
-        console.print(
-            f"{folder}: {source} is not there, so nothing is re-ranked",
-            markup=False,
-            soft_wrap=True,
-        )
+        note = f"{folder}: {source} is not there, so nothing is re-ranked"
+        console.print(note, markup=False, soft_wrap=True)
         return None
     if not source.is_dir():
         raise UserError(
