@@ -5,9 +5,10 @@
 Written, the same bytes for the same input:
 
     FOLDER/eval/NAME/        BEIR folders, or folders of one a language
-    FOLDER/pairs/GROUP.jsonl records {query, positives, source, lang}: english, questions, debian
+    FOLDER/pairs/GROUP.jsonl records {query, positives, source, lang}, by the groups of `pairs`
     FOLDER/text/NAME.jsonl   {text, lang}, for calibration, recovery and vocabulary
-    FOLDER/sample/           crops.jsonl, asked.jsonl: texts that training data is made of
+    FOLDER/sample/           crops.jsonl, asked.jsonl: texts that training data is made of;
+                             languages.jsonl: texts of every set of pairs, for a vocabulary
     FOLDER/llm/              --demo alone: a language model that knows nothing
     FOLDER/counts.json       rows of each
 
@@ -18,7 +19,6 @@ for texts that stand in two sets.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,17 +29,27 @@ from typing import Any
 import click
 
 from drama.console import console
-from drama.data.lines import PACKED_SUFFIXES, read_lines, read_objects
+from drama.data.lines import read_lines, read_objects
 from drama.demo import ROOT
 from drama.errors import UserError, exit_on_user_error
-from drama.evidence.scales import CROPPED, ENGLISH
+from drama.evidence.layouts import (
+    Judged,
+    Pair,
+    half,
+    objects,
+    qed,
+    required,
+    squad,
+    text_id,
+)
+from drama.evidence.pairs import group_of, pair_sets
+from drama.evidence.scales import CROPPED
 from drama.evidence.stand_in import write_stand_in
 from drama.files import replacing_folder
 
-Pair = tuple[str, str, str]  # query, title, text
-Judged = tuple[dict[str, str], list[tuple[str, str]]]  # texts by id; (question, id of its text)
 BEIR = ("scifact", "cranfield", "med", "cosqa")
 HELD_OUT_ROWS = 200  # of each text, for the perplexity
+OF_A_LANGUAGE = 1000  # texts of each set of pairs, for the vocabulary
 
 
 def prepare(data: Path, out: Path, *, crops: int = 1500, asked: int = 150) -> dict[str, int]:
@@ -54,14 +64,16 @@ def prepare(data: Path, out: Path, *, crops: int = 1500, asked: int = 150) -> di
     with replacing_folder(out) as folder:
         counts: dict[str, int] = {}
         for name in BEIR:
-            shutil.copytree(_required(data / "beir" / name), folder / "eval" / name)
-            counts[f"eval/{name}"] = sum(1 for _ in _objects(data / "beir" / name / "corpus.jsonl"))
+            shutil.copytree(required(data / "beir" / name), folder / "eval" / name)
+            counts[f"eval/{name}"] = sum(1 for _ in objects(data / "beir" / name / "corpus.jsonl"))
         for name, (texts, questions) in _test_sets(data):
             counts[f"eval/{name}"] = len(questions)
             _write_beir(folder / "eval" / name, texts, questions)
-        for name, lang, pairs in _pair_sets(data):
+        for name, lang, pairs in pair_sets(data):
+            rows = list(_records(name, lang, pairs))
             path = folder / "pairs" / f"{group_of(name)}.jsonl"
-            counts[f"pairs/{name}"] = _write(path, _records(name, lang, pairs), "a")
+            counts[f"pairs/{name}"] = _write(path, rows, "a")
+            _write_languages(folder, rows)
         for name, lang, paragraphs in _texts(data):
             counts |= _write_text(folder / "text", name, lang, paragraphs)
         _write_calibration(folder / "text")
@@ -78,6 +90,7 @@ def prepare_demo(out: Path, *, pairs: int = 600, documents: int = 300,
     with replacing_folder(out) as folder:
         rows = [v for _, v in islice(read_objects(sample / "pairs.jsonl.xz"), pairs)]
         counts = {"pairs/demo": _write(folder / "pairs" / "english.jsonl", rows)}
+        _write_languages(folder, rows)
         texts_of = {
             q["_id"]: q["text"] for _, q in read_objects(sample / "scifact" / "queries.jsonl")
         }
@@ -102,135 +115,46 @@ def prepare_demo(out: Path, *, pairs: int = 600, documents: int = 300,
 
 
 def _test_sets(data: Path) -> Iterator[tuple[str, Judged]]:
-    for path in sorted(_required(data / "multilingual" / "xquad").glob("xquad.*.json*")):
-        yield f"xquad/{path.name.split('.')[1]}", _squad(path)
-    yield "jaquad", _squad(data / "multilingual" / "jaquad" / "jaquad_dev.json")
-    yield "qed", _paired(pair for pair in _qed(data) if _half(pair[1]) == 0)
+    for path in sorted(required(data / "multilingual" / "xquad").glob("xquad.*.json*")):
+        yield f"xquad/{path.name.split('.')[1]}", squad(path)
+    yield "jaquad", squad(data / "multilingual" / "jaquad" / "jaquad_dev.json")
+    yield "qed", _paired(pair for pair in qed(data) if half(pair[1]) == 0)
     yield "long/qmsum", _qmsum(data / "long" / "qmsum")
     yield "long/squality", _squality(data / "long" / "squality")
-    yield "long/covidqa", _squad(data / "long" / "covidqa" / "200423_covidQA.json")
-    for path in sorted(_required(data / "long" / "debian-handbook").glob("*.jsonl*")):
+    yield "long/covidqa", squad(data / "long" / "covidqa" / "200423_covidQA.json")
+    for path in sorted(required(data / "long" / "debian-handbook").glob("*.jsonl*")):
         rows = [row for _, row in read_objects(path)]
         texts = {row["section"]: row["text"] for row in rows}
         lang = path.name.split(".")[0].replace("-", "_")
         yield f"handbook/{lang}", (texts, [(row["title"], row["section"]) for row in rows])
 
 
-def _pair_sets(data: Path) -> Iterator[tuple[str, str, Iterable[Pair]]]:
-    pairs, languages = data / "pairs", data / "multilingual"
-    yield (
-        "medquad",
-        "en",
-        ((row["question"], "", row["answer"]) for row in _objects(pairs / "medquad/medquad.jsonl")),
-    )
-    sections = {
-        (row["story"], row["section"]): row["text"]
-        for row in _objects(pairs / "fairytaleqa" / "sections.jsonl")
-    }
-    yield (
-        "fairytaleqa",
-        "en",
-        (
-            (row["question"], row["story"].replace("-", " "), sections[row["story"], number])
-            for row in _objects(pairs / "fairytaleqa" / "questions.jsonl")
-            for number in row["sections"][:1]
-            if (row["story"], number) in sections
-        ),
-    )
-    yield (
-        "scitldr",
-        "en",
-        (
-            (row["target"][0], row["title"] or "", " ".join(row["source"]))
-            for row in _objects(pairs / "scitldr-a" / "train.jsonl")
-        ),
-    )
-    found = json.loads(_read(pairs / "pubmedqa" / "ori_pqal.json"))
-    yield (
-        "pubmedqa",
-        "en",
-        ((row["QUESTION"], "", " ".join(row["CONTEXTS"])) for row in found.values()),
-    )
-    yield "qed", "en", (pair for pair in _qed(data) if _half(pair[1]) == 1)
-    yield "jaquad", "ja", _asked(_squad(languages / "jaquad" / "jaquad_train.json"))
-    for name in ("dev", "trial"):
-        yield f"cmrc-{name}", "zh", _asked(_squad(languages / f"cmrc2018/cmrc2018_{name}.json"))
-    yield "drcd", "zh", _asked(_squad(languages / "drcd" / "DRCD_dev.json"))
-    yield "arcd", "ar", _asked(_squad(languages / "arcd" / "arcd-train.json"))
-    for path in sorted(_required(languages / "afriqa").glob("*.train.jsonl*")):
-        lang = path.name.split(".")[2]
-        yield (
-            f"afriqa-{lang}",
-            lang,
-            (
-                (row["question_lang"], "", row["context"])
-                for _, row in read_objects(path)
-                if row.get("context")
-            ),
-        )
-    for path in sorted(_required(data / "text" / "debian-descriptions").glob("*.jsonl*")):
-        lang = path.name.split(".")[0]
-        yield (
-            f"debian-{lang}",
-            lang,
-            (
-                (row["synopsis"], row["package"], row["description"])
-                for _, row in read_objects(path)
-            ),
-        )
-
-
 def _texts(data: Path) -> Iterator[tuple[str, str, Iterable[str]]]:
-    articles = _objects(data / "text" / "wikipedia-en-sample" / "articles.jsonl")
+    articles = objects(data / "text" / "wikipedia-en-sample" / "articles.jsonl")
     yield (
         "wikipedia-en",
         "en",
         _paragraphs(line for row in articles for line in [*row["text"].split("\n"), ""]),
     )
-    answers = _objects(data / "pairs" / "medquad" / "medquad.jsonl")
+    answers = objects(data / "pairs" / "medquad" / "medquad.jsonl")
     yield "medquad", "en", (row["answer"][:1000].replace("\n", " ") for row in answers)
     for lang in ("de", "es", "ru", "zh_CN"):
-        rows = _objects(data / "text" / "debian-descriptions" / f"{lang}.jsonl")
+        rows = objects(data / "text" / "debian-descriptions" / f"{lang}.jsonl")
         yield f"debian-{lang}", lang, (row["description"].replace("\n", " ") for row in rows)
-
-
-def _squad(path: Path) -> Judged:
-    texts: dict[str, str] = {}
-    questions = []
-    for article in json.loads(_read(path))["data"]:
-        for paragraph in article["paragraphs"]:
-            id_ = _id(paragraph["context"])
-            texts[id_] = paragraph["context"]
-            questions += [(qa["question"], id_) for qa in paragraph["qas"]]
-    return texts, questions
-
-
-def _qed(data: Path) -> Iterator[Pair]:
-    for row in _objects(data / "pairs" / "nq-qed-dev" / "qed-dev-pairs.jsonl"):
-        yield row["question"], row["title"], row["paragraph"]
-
-
-def _half(title: str) -> int:
-    return hashlib.sha256(title.encode()).digest()[0] % 2
 
 
 def _paired(pairs: Iterable[Pair]) -> Judged:
     texts, questions = {}, []
     for query, _, text in pairs:
-        texts[_id(text)] = text
-        questions.append((query, _id(text)))
+        texts[text_id(text)] = text
+        questions.append((query, text_id(text)))
     return texts, questions
-
-
-def _asked(judged: Judged) -> Iterator[Pair]:
-    texts, questions = judged
-    return ((question, "", texts[id_]) for question, id_ in questions)
 
 
 def _qmsum(folder: Path) -> Judged:
     texts, questions = {}, []
     for part in ("train", "val"):
-        for row in _objects(folder / f"{part}.jsonl"):
+        for row in objects(folder / f"{part}.jsonl"):
             said = [f"{turn['speaker']}: {turn['content']}" for turn in row["meeting_transcripts"]]
             texts[row["meeting_id"]] = "\n".join(said)
             questions += [(q["query"], row["meeting_id"]) for q in row["specific_query_list"]]
@@ -240,7 +164,7 @@ def _qmsum(folder: Path) -> Judged:
 def _squality(folder: Path) -> Judged:
     texts, questions = {}, []
     for part in ("train", "dev"):
-        for row in _objects(folder / f"{part}.jsonl"):
+        for row in objects(folder / f"{part}.jsonl"):
             id_ = row["metadata"]["passage_id"]
             texts[id_] = row["document"]
             # the first asks for the plot, of every story alike
@@ -283,19 +207,24 @@ def _write_calibration(folder: Path, rows: int = 150) -> None:
     """Some of every text, evenly spread, as the plain text that `drama prune` scores with."""
     texts: list[str] = []
     for path in sorted(folder.glob("[!h]*.jsonl")):
-        own = [row["text"] for row in _objects(path)]
+        own = [row["text"] for row in objects(path)]
         texts += _spread(own, rows)
     (folder / "calibration.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
 
 def _write_samples(folder: Path, names: Sequence[str], crops: int, asked: int) -> dict[str, int]:
     """Texts that training data is made of; the first of `names` is English."""
-    texts = {name: list(_objects(folder / "text" / f"{name}.jsonl")) for name in names}
+    texts = {name: list(objects(folder / "text" / f"{name}.jsonl")) for name in names}
     sampled = [row for rows in texts.values() for row in _spread(rows, crops)]
     return {
         "sample/crops": _write(folder / "sample" / "crops.jsonl", sampled),
         "sample/asked": _write(folder / "sample" / "asked.jsonl", _spread(texts[names[0]], asked)),
     }
+
+
+def _write_languages(folder: Path, rows: list[dict[str, Any]]) -> None:
+    texts = ({"text": row["positives"][0]["text"][:600]} for row in _spread(rows, OF_A_LANGUAGE))
+    _write(folder / "sample" / "languages.jsonl", texts, "a")
 
 
 def _spread(rows: list[Any], count: int) -> list[Any]:
@@ -312,13 +241,6 @@ def _write_beir(folder: Path, texts: dict[str, str], questions: list[tuple[str, 
     (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def group_of(name: str) -> str:
-    """The file that a set of pairs goes into: one source of a mixture."""
-    if name in ENGLISH:
-        return "english"
-    return "debian" if name.startswith("debian-") else "questions"
-
-
 def _write(path: Path, rows: Iterable[Any], mode: str = "w") -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
@@ -331,29 +253,6 @@ def _write(path: Path, rows: Iterable[Any], mode: str = "w") -> int:
 
 def _write_counts(folder: Path, counts: dict[str, int]) -> None:
     (folder / "counts.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
-
-
-def _id(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    return (row for _, row in read_objects(_packed(path)))
-
-
-def _read(path: Path) -> str:
-    return "\n".join(line for _, line in read_lines(_packed(path)))
-
-
-def _packed(path: Path) -> Path:
-    tried = [path.with_name(path.name + suffix) for suffix in PACKED_SUFFIXES]
-    return next((place for place in tried if place.is_file()), None) or _required(path)
-
-
-def _required(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path} is missing; docs/evidence.md says which data sets are needed")
-    return path
 
 
 @click.command()

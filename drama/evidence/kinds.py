@@ -42,7 +42,7 @@ class Kinds:
         return self._node("data", 0.3, [
             ["python", "-m", "drama.evidence.data", *source, "--crops",
              str(self.scale.crops), "--asked", str(self.scale.queries), "--out", f"{OUT}/data"],
-        ], recipes=["drama/evidence/data.py"],
+        ], recipes=[f"drama/evidence/{name}.py" for name in ("data", "layouts", "pairs")],
             inputs=_contents(self.data) if self.data is not None else "")  # fmt: skip
 
     @cached_property
@@ -56,8 +56,11 @@ class Kinds:
     @cached_property
     def parent(self) -> Node:
         """The language model with the vocabulary of the texts."""
-        corpora = [w for t in self.scale.texts
-                   for w in ("--vocab-from", self.data_at("text", f"{t}.jsonl"))]  # fmt: skip
+        return self.vocabulary_cut(self._files("text", self.scale.texts))
+
+    def vocabulary_cut(self, texts: Sequence[str]) -> Node:
+        """The language model with the tokens that the texts need most."""
+        corpora = [w for path in texts for w in ("--vocab-from", path)]
         command = ["drama", "prune", self.llm_path, *corpora, "--keep", self.scale.vocabulary,
                    "--out", f"{OUT}/model"]  # fmt: skip
         return self._node("parent", 1.0, [command], [self.prepared])
@@ -66,21 +69,25 @@ class Kinds:
         """A cut without recovery, and the path of its model."""
         return self.cut(choice, self.scale.shapes[size], seed)
 
-    def cut(self, choice: str, shape: str, seed: int = 0) -> tuple[Node, str]:
+    def cut(
+        self, choice: str, shape: str, seed: int = 0, parent: Node | None = None
+    ) -> tuple[Node, str]:
+        """A cut to any shape, of `parent` (default: the one with the vocabulary of the texts)."""
+        parent = parent or self.parent
         if choice == "learned":
             tokens = self.scale.mask_steps * 8 * 64
             node = self._recipe_node("masks", "prune.py", "masks", tokens, PARENT_SHARE, {
-                "model.path": self.parent.at("model"), "model.to": shape, "seed": seed,
+                "model.path": parent.at("model"), "model.to": shape, "seed": seed,
                 "data.domains.text": self._list("text", self.scale.texts),
                 "train.steps": self.scale.mask_steps,
-            }, [self.parent, self.prepared])  # fmt: skip
+            }, [parent, self.prepared])  # fmt: skip
             return node, node.at("run", "model")
-        command = ["drama", "prune", self.parent.at("model"), "--to", shape, "--calibration",
+        command = ["drama", "prune", parent.at("model"), "--to", shape, "--calibration",
                    self.data_at("text", "calibration.txt"), "--calibration-tokens",
                    str(self.scale.calibration_tokens), "--choose", choice, "--seed", str(seed),
                    "--out", f"{OUT}/model"]  # fmt: skip
         minutes = 1.2 if choice == "importance" else 0.5
-        node = self._node("cut", minutes, [command], [self.parent, self.prepared])
+        node = self._node("cut", minutes, [command], [parent, self.prepared])
         return node, node.at("model")
 
     @cached_property

@@ -135,7 +135,8 @@ def _shape(kinds: Kinds, seed: int) -> Iterator[Cell]:
 def _nano(kinds: Kinds) -> Iterator[Cell]:
     """drama-nano, with BM25 and all-MiniLM-L6-v2 beside it, query by query."""
     scale = kinds.scale
-    cut = kinds.cut("importance", scale.nano_shape)
+    parent = kinds.vocabulary_cut([kinds.data_at("sample", "languages.jsonl")])
+    cut = kinds.cut("importance", scale.nano_shape, parent=parent)
     start = kinds.recovered(cut, "nano")
     own = kinds.shards(nano_sources(kinds))
     crops = kinds.crops()
@@ -152,7 +153,7 @@ def _nano(kinds: Kinds) -> Iterator[Cell]:
 
 def nano_sources(kinds: Kinds) -> list[str]:
     """All pairs there are: what is no test set. Each group is a source, so the recipe weighs it."""
-    groups = ("english",) if kinds.data is None else ("english", "questions", "debian")
+    groups = ("english",) if kinds.data is None else ("english", "questions", "software", "news")
     return [f"{group}={kinds.data_at('pairs', f'{group}.jsonl')}" for group in groups]
 
 

@@ -55,6 +55,7 @@ def data(tmp_path: Path) -> Path:
     for name in ("dev", "trial"):
         squad(languages / "cmrc2018" / f"cmrc2018_{name}.json.xz", {f"中文{name}": [f"问{name}"]})
     squad(languages / "drcd" / "DRCD_dev.json.xz", {"繁體": ["問"]})
+    squad(languages / "jsquad" / "valid-v1.3.json.xz", {"梅雨 [SEP] 雨": ["いつ"]})
     squad(languages / "arcd" / "arcd-train.json.xz", {"نص": ["سؤال"]})
     jsonl(
         languages / "afriqa" / "gold_span_passages.afriqa.swa.en.train.jsonl.xz",
@@ -67,6 +68,11 @@ def data(tmp_path: Path) -> Path:
         languages / "afriqa" / "gold_span_passages.afriqa.swa.en.dev.jsonl.xz",
         [{"question_lang": "dev", "question_translated": "dev", "context": "dev"}],
     )
+    news = languages / "ntrex"
+    pack(news / "DOCUMENT_IDS.tsv.xz", "bbc\n" * 4 + "rt\n" * 2)
+    for code in ("src.eng", "ref.ell", "ref.hau"):
+        lines = "".join(f"{code[4:]} {number}\n" for number in range(6))
+        pack(news / f"newstest2019-{code}.txt.xz", lines)
 
     answers = [f"Answer {i}. " + "Long words of medicine. " * 20 for i in range(12)]
     jsonl(
@@ -136,6 +142,16 @@ def data(tmp_path: Path) -> Path:
                 for i in range(10)
             ],
         )
+    jsonl(
+        root / "text" / "tldr" / "de.jsonl.xz",
+        [
+            {
+                "command": "ls",
+                "description": "Liste",
+                "examples": [["Alle", "ls -a"], ["Lang", "-l"]],
+            }
+        ],
+    )
     lines = "\n".join(f"Sentence {i} of an article about something long." for i in range(120))
     jsonl(root / "text" / "wikipedia-en-sample" / "articles.jsonl.xz", [{"text": lines}])
     return root
@@ -164,7 +180,7 @@ def test_every_layout_becomes_a_set(data: Path, tmp_path: Path) -> None:
     }
     assert judged(out / "eval/handbook/pt_BR") == {"Título": "Texto"}
     by_source: dict[str, list[tuple[str, str, str]]] = {}
-    for group in ("english", "questions", "debian"):
+    for group in ("english", "questions", "software", "news"):
         for row in read(out / "pairs" / f"{group}.jsonl"):
             text = row["positives"][0].get("title", "") + "|" + row["positives"][0]["text"]
             by_source.setdefault(row["source"], []).append((row["query"], text, row["lang"]))
@@ -173,10 +189,32 @@ def test_every_layout_becomes_a_set(data: Path, tmp_path: Path) -> None:
     assert by_source["pubmedqa"] == [("Does it?", "|It does.", "en")]
     assert by_source["jaquad"] == [("質問", "|訓練", "ja"), ("何", "|訓練", "ja")]
     assert by_source["cmrc-trial"] == [("问trial", "|中文trial", "zh")]
-    assert by_source["afriqa-swa"] == [("swali", "|passage", "swa")]
+    assert by_source["jsquad"] == [("いつ", "梅雨|雨", "ja")]
+    assert by_source["afriqa-swa"] == [("dev", "|dev", "swa"), ("swali", "|passage", "swa")]
+    assert by_source["tldr-de"] == [("Liste", "ls|Alle: ls -a\nLang: -l", "de")]
     assert by_source["debian-de"][0] == ("synopsis de 0", "p0|line one de 0\nline two", "de")
     assert len(read(out / "sample" / "asked.jsonl")) == counts["sample/asked"] == 3
     assert json.loads((out / "counts.json").read_text()) == counts
+
+
+def test_news_asks_for_the_text_around(data: Path, tmp_path: Path) -> None:
+    prepare(data, tmp_path / "out")
+    rows = read(tmp_path / "out" / "pairs" / "news.jsonl")
+    assert {(row["source"], row["lang"]) for row in rows} == {
+        ("news-el", "el"), ("news-hau", "hau"), ("news-en", "en"),
+    }  # fmt: skip
+    own = {row["query"]: row["positives"][0]["text"] for row in rows if row["lang"] == "el"}
+    numbers = {query[-1]: text.replace("ell ", "") for query, text in own.items()}
+    # without the sentence where its number is even; never beyond its article
+    assert numbers == {
+        "0": "1 2", "1": "0 1 2 3", "2": "0 1 3", "3": "1 2 3", "4": "5", "5": "4 5",
+    }  # fmt: skip
+
+
+def test_news_that_does_not_fit_its_articles_is_named(data: Path, tmp_path: Path) -> None:
+    pack(data / "multilingual" / "ntrex" / "newstest2019-ref.ell.txt.xz", "ena\n")
+    with pytest.raises(UserError, match=r"ref\.ell\.txt\.xz: 1 lines, DOCUMENT_IDS has 6"):
+        prepare(data, tmp_path / "out")
 
 
 def judged(folder: Path) -> dict[str, str]:
