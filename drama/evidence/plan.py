@@ -19,6 +19,8 @@ EXPERIMENTS = ("pruned", "augment", "batch", "shape", "nano")
 STARTS = ("importance", "scratch", "random", "first", "learned")  # the plainest question first
 LARGE_STARTS = ("importance", "scratch")
 
+RIVALS_TOKENS = 256  # where all-MiniLM-L6-v2 cuts a document; drama-nano is judged there too
+
 
 def make_plan(
     scale: Scale, data: Path | None, llm: Path | None, teacher: str, only: Sequence[str] = ()
@@ -142,12 +144,13 @@ def _nano(kinds: Kinds) -> Iterator[Cell]:
     crops = kinds.crops()
     shards = [own, kinds.shards([f"crops={crops.at('records.jsonl')}"], [crops])]
     trained = kinds.trained(start, shards, "nano", 0, recipe="recipes/nano.yaml",
-                            data__max_document_tokens=2 * scale.max_tokens,
+                            data__max_document_tokens=scale.nano_tokens,
                             train__steps=scale.nano_steps, train__batch_size=scale.nano_batch,
                             loss__matryoshka_dims=_nano_dims(scale))  # fmt: skip
     models = {"model": trained.at("run", "model"), "bm25": "bm25", "MiniLM": kinds.teacher}
-    length = 2 * scale.max_tokens
-    ended = kinds.evaluated(models, [trained], scale.suites["nano"], "nano", max_tokens=length)
+    ended = kinds.evaluated(
+        models, [trained], scale.suites["nano"], "nano", max_tokens=RIVALS_TOKENS
+    )
     yield Cell("nano", "drama-nano", 0, ended, trained, systems=("model", "bm25", "MiniLM"))
 
 

@@ -37,6 +37,7 @@ class Scale:
     texts: tuple[str, ...]
     suites: dict[str, str]  # by experiment
     nano_shape: str
+    nano_tokens: int  # of a document, in training
     nano_steps: int
     nano_batch: int
     speed: float
@@ -53,7 +54,8 @@ CPU = Scale(
     texts=CROPPED,
     suites={"pruned": "basic", "augment": "wide", "batch": "basic", "shape": "basic",
             "nano": "all"},
-    nano_shape="layers=8,hidden=384,heads=6,ffn=1024", nano_steps=300, nano_batch=256,
+    nano_shape="layers=8,hidden=384,heads=6,ffn=1024", nano_tokens=192,
+    nano_steps=400, nano_batch=128,
     speed=3200, start_s=8,
 )  # fmt: skip
 GPU = replace(
@@ -61,7 +63,8 @@ GPU = replace(
     calibration_tokens=32768, recover_steps=400, mask_steps=300,
     batch=256, steps=200, max_tokens=192, batch_examples=65536, queries=1000, crops=4000,
     suites={**CPU.suites, "pruned": "wide", "batch": "wide", "shape": "wide"},
-    nano_shape="layers=12,hidden=576,heads=9,ffn=1536", nano_steps=2000, nano_batch=1024,
+    nano_shape="layers=12,hidden=576,heads=9,ffn=1536", nano_tokens=384,
+    nano_steps=2000, nano_batch=1024,
     speed=600_000, start_s=12,
 )  # fmt: skip
 SMOKE = replace(
@@ -71,7 +74,8 @@ SMOKE = replace(
     batch=16, steps=2, max_tokens=32, batches=(16, 32), batch_examples=64, queries=0, crops=50,
     texts=("demo",),
     suites=dict.fromkeys(CPU.suites, "smoke"),
-    nano_shape="layers=2,hidden=64,heads=4,ffn=64", nano_steps=2, nano_batch=64,
+    nano_shape="layers=2,hidden=64,heads=4,ffn=64", nano_tokens=64,
+    nano_steps=2, nano_batch=64,
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (CPU, GPU, SMOKE)}
 
