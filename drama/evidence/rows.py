@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,15 @@ def write_rows(path: Path, work: Path, cell: Cell, scale: str) -> None:
             writer.writerow({name: _written(value) for name, value in asdict(row).items()})
 
 
+def without_rows(path: Path, cells: Sequence[Cell], scale: str) -> list[Cell]:
+    """The cells of which the file has no figures, or not those of all their systems."""
+    written = {row.cell for row in read_rows(path)}
+    return [
+        cell for cell in cells
+        if not written.issuperset((scale, cell.experiment, v, cell.seed) for v in cell.variants)
+    ]  # fmt: skip
+
+
 def rows_of(cell: Cell, work: Path, scale: str) -> Iterable[Row]:
     """nDCG@10 of every set and of every group of sets, and the perplexity where there is one."""
     folder = work / cell.evaluation.folder
@@ -72,8 +81,7 @@ def rows_of(cell: Cell, work: Path, scale: str) -> Iterable[Row]:
     sets = {name: result["systems"] for name, result in found["datasets"].items()}
     sets |= {f"mean {name}": systems for name, systems in found["groups"].items()}
     counted = _training_facts(cell, work)
-    for system in cell.systems:
-        variant = cell.variant if len(cell.systems) == 1 else system
+    for variant, system in zip(cell.variants, cell.systems, strict=True):
         common: dict[str, Any] = {
             "scale": scale, "experiment": cell.experiment, "variant": variant, "seed": cell.seed,
         }  # fmt: skip

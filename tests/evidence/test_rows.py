@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from drama.evidence.nodes import RECORD, Cell, Node
-from drama.evidence.rows import Row, read_rows, write_rows
+from drama.evidence.rows import Row, read_rows, without_rows, write_rows
 from drama.retrieve.evaluate import evaluate
 from drama.retrieve.suite import load_suite, suite_datasets
 
@@ -79,3 +79,18 @@ def test_rows_of_a_cell_are_replaced_and_the_others_stay(work: Path, tmp_path: P
 def test_no_file_has_no_rows(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "none.csv") == []
     assert Row("cpu", "shape", "a", 0, "perplexity", 2.0).cell == ("cpu", "shape", "a", 0)
+
+
+def test_cells_that_the_file_has_no_figures_of(work: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "rows.csv"
+    first, second = (Cell("shape", "a", seed, node()) for seed in (0, 1))
+    three = Cell("nano", "n", 0, node(), systems=("model", "bm25"))
+    assert without_rows(csv, [first, second, three], "cpu") == [first, second, three]
+    write_rows(csv, work, second, "cpu")
+    assert without_rows(csv, [first, second, three], "cpu") == [first, three]
+    assert without_rows(csv, [second], "gpu") == [second]
+    # one of its two systems alone is not all of it
+    write_rows(csv, work, Cell("nano", "bm25", 0, node()), "cpu")
+    assert without_rows(csv, [three], "cpu") == [three]
+    write_rows(csv, work, Cell("nano", "model", 0, node()), "cpu")
+    assert without_rows(csv, [three], "cpu") == []
