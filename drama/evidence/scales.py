@@ -55,7 +55,7 @@ CPU = Scale(
     suites={"pruned": "basic", "augment": "wide", "batch": "basic", "shape": "basic",
             "nano": "all"},
     nano_shape="layers=8,hidden=384,heads=6,ffn=1024", nano_tokens=192,
-    nano_steps=400, nano_batch=128,
+    nano_steps=700, nano_batch=128,
     speed=3200, start_s=8,
 )  # fmt: skip
 GPU = replace(
