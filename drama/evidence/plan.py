@@ -143,7 +143,9 @@ def _nano(kinds: Kinds) -> Iterator[Cell]:
     own = kinds.shards(nano_sources(kinds))
     crops = kinds.crops()
     shards = [own, kinds.shards([f"crops={crops.at('records.jsonl')}"], [crops])]
-    trained = kinds.trained(start, shards, "nano", 0, recipe="recipes/nano.yaml",
+    # the embedded sample has two of the recipe's sources
+    sources = {"data__weights": "{english: 2.0, crops: 1.0}"} if kinds.data is None else {}
+    trained = kinds.trained(start, shards, "nano", 0, recipe="recipes/nano.yaml", **sources,
                             data__max_document_tokens=scale.nano_tokens,
                             train__steps=scale.nano_steps, train__batch_size=scale.nano_batch,
                             loss__matryoshka_dims=_nano_dims(scale))  # fmt: skip

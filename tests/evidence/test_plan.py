@@ -91,3 +91,29 @@ def test_every_recipe_loads_with_what_the_plan_sets(scale):
                 sets = [line[i + 1] for i, word in enumerate(line) if word == "--set"]
                 recipe = line[line.index("--recipe") + 1].replace("{root}", str(ROOT))
                 loaders[Path(line[1]).name].load(recipe, sets)
+
+
+@pytest.mark.parametrize("embedded", [True, False], ids=["sample", "folder"])
+def test_the_weights_of_a_training_name_the_sources_of_its_shards(embedded, tmp_path):
+    (tmp_path / "set").write_text("x")
+    cells = make_plan(SMOKE, None if embedded else tmp_path, Path("llm"), "teacher")
+    nodes = in_order(cell.evaluation for cell in cells)
+    by_folder = {node.folder: node for node in nodes}
+    weighted = 0
+    for node in nodes:
+        for line in node.lines():
+            if line[1].endswith("launchers/train.py"):
+                sets = [line[i + 1] for i, word in enumerate(line) if word == "--set"]
+                recipe = Recipe.load(
+                    line[line.index("--recipe") + 1].replace("{root}", str(ROOT)), sets
+                )
+                shards = [
+                    by_folder[path.parent.name].lines()[0] for path in map(Path, recipe.data.shards)
+                ]
+                held = {
+                    word.split("=")[0] for command in shards for word in command[2:] if "=" in word
+                }
+                if recipe.data.weights:
+                    weighted += 1
+                    assert recipe.data.weights.keys() == held
+    assert weighted >= 2

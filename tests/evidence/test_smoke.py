@@ -119,3 +119,20 @@ def test_an_experiment_that_is_killed_and_goes_on(tmp_path: Path) -> None:
     assert "3 cells failed, batch/16/0 first" in done.stderr
     assert figures(work) == found
     assert [path.read_bytes() if path.exists() else None for path in ours] == before
+
+
+@pytest.mark.slow
+def test_drama_nano_from_its_texts_to_its_page(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    done = run(work, only="nano")
+    assert done.returncode == 0, done.stderr
+    values = {(row["variant"], row["metric"]): float(row["value"]) for row in figures(work)}
+    systems = {system for system, _ in values}
+    assert systems == {"model", "bm25", "MiniLM"}
+    assert 0.5 < values["bm25", "nDCG@10 scifact"] <= 1
+    page = (work / "evidence.md").read_text()
+    assert f"| scifact | {values['model', 'nDCG@10 scifact']:.3f} [" in page
+    # another work folder with the same figures has nothing left to run
+    again = run(tmp_path / "other", "--missing", "--csv", str(work / "evidence.csv"), only="nano")
+    assert again.returncode == 0, again.stderr
+    assert not list((tmp_path / "other").glob("*-*"))
