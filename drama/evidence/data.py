@@ -223,7 +223,9 @@ def _write_samples(folder: Path, names: Sequence[str], crops: int, asked: int) -
 
 
 def _write_languages(folder: Path, rows: list[dict[str, Any]]) -> None:
-    texts = ({"text": row["positives"][0]["text"][:600]} for row in _spread(rows, OF_A_LANGUAGE))
+    """Queries too: those in some languages have their answer in another."""
+    some = rows[:: 1 + len(rows) // OF_A_LANGUAGE]
+    texts = ({"text": f"{row['query']} {row['positives'][0]['text'][:600]}"} for row in some)
     _write(folder / "sample" / "languages.jsonl", texts, "a")
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drama.data.lines import PACKED_SUFFIXES, read_lines, read_objects
+from drama.data.lines import PACKED_SUFFIXES, parse_json, read_lines, read_objects
 from drama.errors import UserError
 
 Pair = tuple[str, str, str]  # query, title, text
@@ -19,7 +18,7 @@ def squad(path: Path) -> Judged:
     """Every paragraph of a file in SQuAD's layout, and its questions."""
     texts: dict[str, str] = {}
     questions = []
-    for article in json.loads(read_text(path))["data"]:
+    for article in read_json(path)["data"]:
         for paragraph in article["paragraphs"]:
             id_ = text_id(paragraph["context"])
             texts[id_] = paragraph["context"]
@@ -52,9 +51,13 @@ def objects(path: Path) -> Iterator[dict[str, Any]]:
     return (row for _, row in read_objects(packed(path)))
 
 
-def read_text(path: Path) -> str:
-    """A whole text file, which may be packed."""
-    return "\n".join(line for _, line in read_lines(packed(path)))
+def read_json(path: Path) -> Any:
+    """A whole file of JSON, which may be packed."""
+    found = packed(path)
+    try:
+        return parse_json("\n".join(line for _, line in read_lines(found)))
+    except UserError as error:
+        raise UserError(f"{found}: {error}") from None
 
 
 def packed(path: Path) -> Path:

@@ -1,13 +1,12 @@
-"""Training pairs of the evidence: all that is in the public sets and in no test set.
+"""Training pairs of the evidence, out of public sets that are no test set of it.
 
 Four groups, each a source of the mixture: `english` (questions, abstracts and stories; the
 experiments 1 to 4 train on these alone), `questions` in other languages, `software` (packages and
-commands, described shortly and at length), `news` (sentences and the text around them).
+commands, described shortly and at length), `news` (sentences and what follows them).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby
 from pathlib import Path
@@ -21,13 +20,13 @@ from drama.evidence.layouts import (
     objects,
     packed,
     qed,
-    read_text,
+    read_json,
     required,
     squad,
 )
 from drama.evidence.scales import ENGLISH
 
-AROUND = 2  # sentences of news before and after the one that asks
+FOLLOWING = 2  # sentences of news behind the one that asks
 # codes of NTREX's files where ISO 639-1 or the other sets have another for the language
 NEWS_CODES = {
     "arb": "ar", "ben": "bn", "bul": "bg", "ces": "cs", "dan": "da", "deu": "de", "ell": "el",
@@ -35,7 +34,7 @@ NEWS_CODES = {
     "ind": "id", "ita": "it", "jpn": "ja", "kor": "ko", "msa": "ms", "nld": "nl", "pol": "pl",
     "por": "pt", "por-BR": "pt_BR", "ron": "ro", "rus": "ru", "slk": "sk", "spa": "es",
     "srp-Cyrl": "sr", "swe": "sv", "tam": "ta", "tel": "te", "tha": "th",
-    "tur": "tr", "ukr": "uk", "urd": "ur", "vie": "vi", "zho-CN": "zh",
+    "tur": "tr", "ukr": "uk", "urd": "ur", "vie": "vi", "zho-CN": "zh_CN",
     "zho-TW": "zh_TW",
 }  # fmt: skip
 
@@ -81,7 +80,7 @@ def _english(pairs: Path) -> Iterator[tuple[str, str, Iterable[Pair]]]:
         "en",
         ((row["target"][0], row["title"] or "", " ".join(row["source"])) for row in papers),
     )
-    found = json.loads(read_text(pairs / "pubmedqa" / "ori_pqal.json")).values()
+    found = read_json(pairs / "pubmedqa" / "ori_pqal.json").values()
     yield "pubmedqa", "en", ((row["QUESTION"], "", " ".join(row["CONTEXTS"])) for row in found)
 
 
@@ -89,11 +88,11 @@ def _questions(languages: Path) -> Iterator[tuple[str, str, Iterable[Pair]]]:
     yield "jaquad", "ja", _asked(squad(languages / "jaquad" / "jaquad_train.json"))
     jsquad = _asked(squad(languages / "jsquad" / "valid-v1.3.json"))
     # a text there is "title [SEP] paragraph"
-    split = ((question, text.partition(" [SEP] ")) for question, _, text in jsquad)
+    split = ((question, text.rpartition(" [SEP] ")) for question, _, text in jsquad)
     yield "jsquad", "ja", ((question, title, text) for question, (title, _, text) in split)
     for name in ("dev", "trial"):
-        yield f"cmrc-{name}", "zh", _asked(squad(languages / f"cmrc2018/cmrc2018_{name}.json"))
-    yield "drcd", "zh", _asked(squad(languages / "drcd" / "DRCD_dev.json"))
+        yield f"cmrc-{name}", "zh_CN", _asked(squad(languages / f"cmrc2018/cmrc2018_{name}.json"))
+    yield "drcd", "zh_TW", _asked(squad(languages / "drcd" / "DRCD_dev.json"))
     yield "arcd", "ar", _asked(squad(languages / "arcd" / "arcd-train.json"))
     # one set a language: its files are of several parts and languages of the answer
     paths = sorted(_required_files(languages / "afriqa"), key=lambda path: path.name.split(".")[2])
@@ -114,6 +113,7 @@ def _software(texts: Path) -> Iterator[tuple[str, str, Iterable[Pair]]]:
         )
     for path in _required_files(texts / "tldr"):
         lang = path.name.split(".")[0]
+        lang = "zh_CN" if lang == "zh" else lang
         pages = (row for _, row in read_objects(path))
         yield f"tldr-{lang}", lang, ((r["description"], r["command"], _examples(r)) for r in pages)
 
@@ -123,28 +123,26 @@ def _examples(page: dict[str, list[list[str]]]) -> str:
 
 
 def _news(folder: Path) -> Iterator[tuple[str, str, Iterable[Pair]]]:
-    """A sentence asks for the text around it, in its own language.
+    """A sentence asks for what follows it, in its own language.
 
-    It stays in that text for every second sentence: with it the words are learned, without it what
-    goes with them.
+    Every second one stands before that, as in a crop: with it the words are learned, without it
+    what goes with them.
     """
     documents = [line for _, line in read_lines(packed(folder / "DOCUMENT_IDS.tsv"))]
-    for path in sorted(folder.glob("newstest2019-*.txt*")):
+    for path in _required_files(folder, "newstest2019-*.txt*"):
         code = path.name.split(".")[1]
         lang = NEWS_CODES.get(code, code)
         sentences = [line for _, line in read_lines(path)]
         if len(sentences) != len(documents):
             raise UserError(f"{path}: {len(sentences)} lines, DOCUMENT_IDS has {len(documents)}")
-        yield f"news-{lang}", lang, _around(sentences, documents)
+        yield f"news-{lang}", lang, _followed(sentences, documents)
 
 
-def _around(sentences: list[str], documents: list[str]) -> Iterator[Pair]:
+def _followed(sentences: list[str], documents: list[str]) -> Iterator[Pair]:
     for number, sentence in enumerate(sentences):
-        places = range(max(0, number - AROUND), min(len(sentences), number + AROUND + 1))
-        text = [
-            sentences[place] for place in places
-            if documents[place] == documents[number] and (place != number or number % 2)
-        ]  # fmt: skip
+        first, last = number + number % 2, number + FOLLOWING
+        places = range(first, min(last + 1, len(sentences)))
+        text = [sentences[place] for place in places if documents[place] == documents[number]]
         yield sentence, "", " ".join(text)
 
 
@@ -153,5 +151,8 @@ def _asked(judged: Judged) -> Iterator[Pair]:
     return ((question, "", texts[id_]) for question, id_ in questions)
 
 
-def _required_files(folder: Path) -> list[Path]:
-    return sorted(required(folder).glob("*.jsonl*"))
+def _required_files(folder: Path, pattern: str = "*.jsonl*") -> list[Path]:
+    found = sorted(required(folder).glob(pattern))
+    if not found:
+        raise UserError(f"{folder}: no {pattern} in it")
+    return found

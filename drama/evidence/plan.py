@@ -97,17 +97,21 @@ def _batch(kinds: Kinds, seed: int) -> Iterator[Cell]:
     """Equal examples in fewer, larger steps; the rate grows with the root of the batch."""
     start, scale = _backbone(kinds), kinds.scale
     for batch in scale.batches:
-        rate = 5e-4 * math.sqrt(batch / scale.batch)
         for masked in (False, True):
             extra: dict[str, Any] = {"loss__margin": 0.1} if masked else {}
             trained = kinds.trained(
                 start, [kinds.pairs], "small", seed, train__batch_size=batch,
-                train__steps=scale.batch_examples // batch, train__lr=f"{min(rate, 2e-3):.2e}",
-                **extra,
+                train__steps=scale.batch_examples // batch,
+                train__lr=f"{_rate(5e-4, batch, scale.batch):.2e}", **extra,
             )  # fmt: skip
             variant = f"{batch}, margin 0.1" if masked else f"{batch}"
             if not masked or batch == scale.batches[-2]:
                 yield _cell(kinds, "batch", variant, seed, trained, "small")
+
+
+def _rate(rate: float, batch: int, base: int) -> float:
+    """The rate of a batch, from that of another one."""
+    return min(rate * math.sqrt(batch / base), 2e-3)
 
 
 def _shape(kinds: Kinds, seed: int) -> Iterator[Cell]:
@@ -141,13 +145,12 @@ def _nano(kinds: Kinds) -> Iterator[Cell]:
     cut = kinds.cut("importance", scale.nano_shape, parent=parent)
     start = kinds.recovered(cut, "nano")
     own = kinds.shards(nano_sources(kinds))
-    crops = kinds.crops()
-    shards = [own, kinds.shards([f"crops={crops.at('records.jsonl')}"], [crops])]
-    # the embedded sample has two of the recipe's sources
-    sources = {"data__weights": "{english: 2.0, crops: 1.0}"} if kinds.data is None else {}
-    trained = kinds.trained(start, shards, "nano", 0, recipe="recipes/nano.yaml", **sources,
+    # the embedded sample has one of the recipe's sources
+    sources = {"data__weights": "{english: 1.0}"} if kinds.data is None else {}
+    trained = kinds.trained(start, [own], "nano", 0, recipe="recipes/nano.yaml", **sources,
                             data__max_document_tokens=scale.nano_tokens,
                             train__steps=scale.nano_steps, train__batch_size=scale.nano_batch,
+                            train__lr=f"{_rate(7e-4, scale.nano_batch, 128):.2e}",
                             loss__matryoshka_dims=_nano_dims(scale))  # fmt: skip
     models = {"model": trained.at("run", "model"), "bm25": "bm25", "MiniLM": kinds.teacher}
     ended = kinds.evaluated(
@@ -157,7 +160,7 @@ def _nano(kinds: Kinds) -> Iterator[Cell]:
 
 
 def nano_sources(kinds: Kinds) -> list[str]:
-    """All pairs there are: what is no test set. Each group is a source, so the recipe weighs it."""
+    """Each group of pairs is a source, so the recipe weighs it."""
     groups = ("english",) if kinds.data is None else ("english", "questions", "software", "news")
     return [f"{group}={kinds.data_at('pairs', f'{group}.jsonl')}" for group in groups]
 

@@ -55,7 +55,7 @@ CPU = Scale(
     suites={"pruned": "basic", "augment": "wide", "batch": "basic", "shape": "basic",
             "nano": "all"},
     nano_shape="layers=8,hidden=384,heads=6,ffn=1024", nano_tokens=192,
-    nano_steps=700, nano_batch=128,
+    nano_steps=480, nano_batch=128,
     speed=3200, start_s=8,
 )  # fmt: skip
 GPU = replace(
@@ -63,7 +63,7 @@ GPU = replace(
     calibration_tokens=32768, recover_steps=400, mask_steps=300,
     batch=256, steps=200, max_tokens=192, batch_examples=65536, queries=1000, crops=4000,
     suites={**CPU.suites, "pruned": "wide", "batch": "wide", "shape": "wide"},
-    nano_shape="layers=12,hidden=576,heads=9,ffn=1536", nano_tokens=384,
+    nano_shape="layers=12,hidden=576,heads=9,ffn=1536", nano_tokens=256,
     nano_steps=2000, nano_batch=1024,
     speed=600_000, start_s=12,
 )  # fmt: skip
