@@ -93,10 +93,11 @@ class Kinds:
     @cached_property
     def text(self) -> Node:
         """Shards of the texts, and of the held-out ones."""
+        held_out = self._files("text", [f"held-out-{t}" for t in self.scale.texts])
         return self._node("text", 0.4, [
-            ["drama", "shard", *self._files("text", self.scale.texts), "--out", f"{OUT}/shards"],
-            ["drama", "shard", *self._files("text", [f"held-out-{t}" for t in self.scale.texts]),
-             "--out", f"{OUT}/held-out"],
+            ["drama", "shard", *self._files("text", self.scale.texts), *self._clean(),
+             "--out", f"{OUT}/shards"],
+            ["drama", "shard", *held_out, "--out", f"{OUT}/held-out"],
         ], [self.prepared])  # fmt: skip
 
     def recovered(self, start: tuple[Node, str], size: str, seed: int = 0) -> tuple[Node, str]:
@@ -111,10 +112,7 @@ class Kinds:
 
     def shards(self, sources: Sequence[str], needs: Sequence[Node] = ()) -> Node:
         """Training shards without what the test sets hold; counts are in its log and bad.jsonl."""
-        clean = [
-            w for name in self._judged() for w in ("--decontaminate", self.data_at("eval", name))
-        ]
-        command = ["drama", "shard", *sources, *clean, "--out", f"{OUT}/shards"]
+        command = ["drama", "shard", *sources, *self._clean(), "--out", f"{OUT}/shards"]
         return self._node("shards", 0.5, [command], [self.prepared, *needs])
 
     @cached_property
@@ -233,9 +231,10 @@ class Kinds:
     def _list(self, kind: str, names: Sequence[str]) -> str:
         return "[" + ", ".join(self._files(kind, names)) + "]"
 
-    def _judged(self) -> list[str]:
-        """The test sets of the widest suite of this scale, for the decontamination."""
+    def _clean(self) -> list[str]:
+        """Leaves out what stands in a test set of the widest suite of this scale."""
         from drama.retrieve.suite import load_suite
 
         suite = load_suite(ROOT / RECIPES / "suites" / f"{self.scale.suites['nano']}.yaml")
-        return [entry.path or entry.name for entry in suite.datasets]
+        sets = [self.data_at("eval", entry.path or entry.name) for entry in suite.datasets]
+        return [word for path in sets for word in ("--decontaminate", path)]
