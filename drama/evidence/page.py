@@ -16,7 +16,7 @@ from pathlib import Path
 
 from drama.errors import UserError
 from drama.evidence.plan import make_plan
-from drama.evidence.rows import Row, read_rows
+from drama.evidence.rows import HEADLINE, LEFT_OUT, Row, read_rows
 from drama.evidence.scales import SCALES
 from drama.figures import bars, svg
 from drama.files import replacing
@@ -94,6 +94,8 @@ def write_page(csv: Path, page: Path, scale: str) -> None:
         kind, name = place[1], place[2] or ""
         if kind == "machine":
             return _machine(rows, scale)
+        if kind == "left_out":
+            return _left_out(rows)
         if name not in COLUMNS or kind not in ("table", "differences", "figure"):
             raise UserError(f"{TEMPLATE}: {place[0]} is no table, differences or figure of a known "
                             "experiment")  # fmt: skip
@@ -124,9 +126,7 @@ def cells_of(rows: Sequence[Row], experiment: str) -> Cells:
 def variants_of(experiment: str, scale: str) -> list[str]:
     """What a whole run has, in the order of the plan."""
     plan = make_plan(SCALES[scale], None, Path("llm"), "teacher", [experiment])
-    if experiment == "nano":
-        return list(plan[0].systems)
-    return list(dict.fromkeys(cell.variant for cell in plan))
+    return list(dict.fromkeys(variant for cell in plan for variant in cell.variants))
 
 
 def table(cells: Cells, variants: Sequence[str], columns: Sequence[Column]) -> str:
@@ -219,14 +219,14 @@ def _by_set(rows: Sequence[Row], systems: Sequence[str]) -> str:
     names = {"model": "drama-nano", "bm25": "BM25", "MiniLM": "all-MiniLM-L6-v2"}
     lines = ["| nDCG@10 | " + " | ".join(names[system] for system in systems) + " |",
              "| --- |" + " ---: |" * len(systems)]  # fmt: skip
-    metrics = sorted({metric for _, metric in own})
+    metrics = sorted({metric for _, metric in own if metric.startswith(HEADLINE)})
     for metric in metrics:
         shown = [
             f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
             if (row := own.get((system, metric))) else NOT_RUN
             for system in systems
         ]  # fmt: skip
-        lines.append(f"| {metric.removeprefix('nDCG@10 ')} | " + " | ".join(shown) + " |")
+        lines.append(f"| {metric.removeprefix(f'{HEADLINE} ')} | " + " | ".join(shown) + " |")
     if not metrics:
         lines.append("| all |" + f" {NOT_RUN} |" * len(systems))
     return "\n".join(lines)
@@ -253,6 +253,14 @@ def _figure(
     with replacing(folder / f"{name}.svg") as temporary:
         temporary.write_text(svg(drawn), encoding="utf-8")
     return f"![{name}]({folder.name}/{name}.svg)"
+
+
+def _left_out(rows: Sequence[Row]) -> str:
+    """The most of every experiment's trainings, of those whose figures have a count."""
+    found = [row for row in rows if row.metric == LEFT_OUT]
+    counts = {name: [r.value for r in found if r.experiment == name] for name in COLUMNS}
+    shown = [f"{name} {max(values):,.0f}" for name, values in counts.items() if values]
+    return f"Records left out of a training: {', '.join(shown) or NOT_RUN}."
 
 
 def _machine(rows: Sequence[Row], scale: str) -> str:

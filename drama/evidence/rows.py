@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 
 from drama.bench.rows import device_name
-from drama.evidence.nodes import RECORD, Cell
+from drama.data.manifest import read_manifest
+from drama.evidence.nodes import RECORD, Cell, Node
 from drama.files import replacing
 from drama.prune.output import REPORT_NAME
 
 HEADLINE = "nDCG@10"
+LEFT_OUT = "left out"  # records of the training's shards that stand in a test set
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def without_rows(path: Path, cells: Sequence[Cell], scale: str) -> list[Cell]:
 
 
 def rows_of(cell: Cell, work: Path, scale: str) -> Iterable[Row]:
-    """nDCG@10 of every set and of every group of sets, and the perplexity where there is one."""
+    """nDCG@10 of every set and of every group of sets; what the decontamination left out of the
+    training, and the perplexity, where there are such."""
     folder = work / cell.evaluation.folder
     found = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     sets = {name: result["systems"] for name, result in found["datasets"].items()}
@@ -98,6 +102,17 @@ def rows_of(cell: Cell, work: Path, scale: str) -> Iterable[Row]:
             # before the first step the student stands beside its parent, where there is one
             perplexity = math.exp(losses.get("student", losses)["loss"])
             yield Row(**common, metric="perplexity", value=perplexity, **own)
+        if cell.training is not None and system == "model":
+            yield Row(**common, metric=LEFT_OUT, value=_left_out(cell.training, work), **own)
+
+
+def _left_out(training: Node, work: Path) -> int:
+    folders = [work / node.folder / "shards" for node in training.needs]
+    manifests = [read_manifest(folder) for folder in folders if folder.is_dir()]
+    reasons = Counter[str]()
+    for manifest in manifests:
+        reasons.update(manifest.left_out)
+    return sum(count for reason, count in reasons.items() if reason.startswith("in "))
 
 
 def _training_facts(cell: Cell, work: Path) -> dict[str, Any]:

@@ -5,8 +5,11 @@ import math
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from drama.cli import main
 from drama.evidence.nodes import RECORD, Cell, Node
+from drama.evidence.page import write_page
 from drama.evidence.rows import Row, read_rows, without_rows, write_rows
 from drama.retrieve.evaluate import evaluate
 from drama.retrieve.suite import load_suite, suite_datasets
@@ -60,6 +63,28 @@ def test_figures_of_an_evaluation(work: Path, tmp_path: Path) -> None:
     assert (easy.low, easy.high, easy.minutes, easy.commit) == (1, 1, 1.5, "abc")
     assert (easy.scale, easy.experiment, easy.variant, easy.seed) == ("cpu", "shape", "a", 3)
     assert (easy.examples, easy.tokens) == (None, None)
+
+
+def test_what_the_decontamination_left_out_is_counted(work: Path, tmp_path: Path) -> None:
+    records = tmp_path / "records.jsonl"
+    asked = [("apple", "one apple here"), ("pear", "one pear here"), ("plum", "one plum here")]
+    rows = [{"query": query, "positives": [{"text": text}]} for query, text in asked]
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shards = Node("shards", (("drama", "shard"),), 1.0)
+    training = Node("retriever", (("python",),), 1.0, (shards, node()), facts={"examples": 3})
+    options = ["--decontaminate", str(tmp_path / "sets" / "easy")]
+    out = ["--out", str(work / shards.folder / "shards")]
+    done = CliRunner().invoke(main, ["shard", str(records), *options, *out])
+    assert done.exit_code == 0, done.output
+    run = work / training.folder / "run"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"tokens": 7}\n')
+    (run.parent / RECORD).write_text(json.dumps({"minutes": 1.5, "commit": "abc"}))
+    csv = tmp_path / "rows.csv"
+    write_rows(csv, work, Cell("nano", "a", 0, node(), training), "cpu")
+    assert {row.value for row in read_rows(csv) if row.metric == "left out"} == {1}
+    write_page(csv, tmp_path / "page.md", "cpu")
+    assert "\nRecords left out of a training: nano 1.\n" in (tmp_path / "page.md").read_text()
 
 
 def test_rows_of_a_cell_are_replaced_and_the_others_stay(work: Path, tmp_path: Path) -> None:
