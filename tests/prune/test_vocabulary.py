@@ -332,11 +332,15 @@ def test_logits_are_the_old_ones_rows(
     old = torch.tensor([byte_level(text)["input_ids"]])
     new = torch.tensor([small_tokenizer.new(text)["input_ids"]])
     assert torch.equal(kept[new], old)
+    assert torch.equal(small.lm_head.weight, model.lm_head.weight[kept])
     with torch.inference_mode():
-        assert torch.equal(small(new).logits, model(old).logits[..., kept])
+        # on some CPUs the order of a sum depends on the number of columns and on the address
+        torch.testing.assert_close(
+            small(new).logits, model(old).logits[..., kept], rtol=0, atol=1e-12
+        )
     small.save_pretrained(tmp_path)
     again = kind.from_pretrained(tmp_path)
-    assert torch.equal(again(new).logits, small(new).logits)
+    torch.testing.assert_close(again(new).logits, small(new).logits, rtol=0, atol=1e-12)
     # the old one is as it was
     assert model.config.vocab_size == 1000
     assert model.config.eos_token_id[0] == end
