@@ -229,7 +229,30 @@ def _by_set(rows: Sequence[Row], systems: Sequence[str]) -> str:
         lines.append(f"| {metric.removeprefix(f'{HEADLINE} ')} | " + " | ".join(shown) + " |")
     if not metrics:
         lines.append("| all |" + f" {NOT_RUN} |" * len(systems))
-    return "\n".join(lines)
+        return "\n".join(lines)
+    return "\n".join([*lines, *(_apart(own, metrics, rival, names) for rival in systems[1:])])
+
+
+def _apart(
+    rows: dict[tuple[str, str], Row], metrics: Sequence[str], rival: str, names: dict[str, str]
+) -> str:
+    """Where the model and a rival differ by more than both intervals."""
+    ahead, behind, unsure = list[str](), list[str](), list[str]()
+    for metric in metrics:
+        one, other = rows.get(("model", metric)), rows.get((rival, metric))
+        if one is None or other is None or " mean " in metric:
+            continue
+        assert one.low is not None
+        assert one.high is not None
+        assert other.low is not None
+        assert other.high is not None
+        apart = ahead if one.low > other.high else behind if one.high < other.low else unsure
+        apart.append(metric.removeprefix(f"{HEADLINE} "))
+    told = ", ".join(ahead) or "no set"
+    return (
+        f"\nAgainst {names[rival]}, intervals apart: ahead on {told}; behind on {len(behind)} sets;"
+        f" neither on {', '.join(unsure) or 'no set'}."
+    )
 
 
 def _figure(

@@ -46,3 +46,24 @@ def test_a_page_without_figures_says_so_everywhere(tmp_path):
     assert "{{" not in text
     assert "| small importance recovered | 0 | not run | not run | not run |" in text
     assert text.startswith(page.TEMPLATE.read_text()[:200])
+
+
+def test_a_page_says_where_the_model_is_ahead_and_where_behind(tmp_path):
+    sets = {"a": (0.5, 0.4, 0.6), "b": (0.5, 0.4, 0.6), "c": (0.5, 0.4, 0.6), "mean x": (1, 1, 1)}
+    theirs = {
+        "a": (0.3, 0.2, 0.39),
+        "b": (0.6, 0.5, 0.7),
+        "c": (0.8, 0.7, 0.9),
+        "mean x": (0, 0, 0),
+    }
+    lines = [
+        "scale,experiment,variant,seed,metric,value,low,high,examples,tokens,minutes,commit,device"
+    ]
+    for system, figures in (("model", sets), ("bm25", theirs), ("MiniLM", sets)):
+        for name, (value, low, high) in figures.items():
+            lines.append(f"cpu,nano,{system},0,nDCG@10 {name},{value},{low},{high},,,,x,y")
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    write_page(tmp_path / "rows.csv", tmp_path / "page.md", "cpu")
+    text = (tmp_path / "page.md").read_text()
+    assert "Against BM25, intervals apart: ahead on a; behind on 1 sets; neither on b." in text
+    assert "Against all-MiniLM-L6-v2, intervals apart: ahead on no set; behind on 0 sets;" in text
