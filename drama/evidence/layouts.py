@@ -15,14 +15,21 @@ Judged = tuple[dict[str, str], list[tuple[str, str]]]  # texts by id; (question,
 
 
 def squad(path: Path) -> Judged:
-    """Every paragraph of a file in SQuAD's layout, and its questions."""
+    """Every paragraph of a file in SQuAD's layout, and its questions.
+
+    Raises:
+        UserError: it is not there, or of another layout.
+    """
     texts: dict[str, str] = {}
     questions = []
-    for article in read_json(path)["data"]:
-        for paragraph in article["paragraphs"]:
-            id_ = text_id(paragraph["context"])
-            texts[id_] = paragraph["context"]
-            questions += [(qa["question"], id_) for qa in paragraph["qas"]]
+    try:
+        for article in read_json(path)["data"]:
+            for paragraph in article["paragraphs"]:
+                id_ = text_id(paragraph["context"])
+                texts[id_] = paragraph["context"]
+                questions += [(qa["question"], id_) for qa in paragraph["qas"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not in SQuAD's layout: {error!r}") from None
     return texts, questions
 
 
@@ -46,13 +53,17 @@ def objects(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a JSONL file, which may be packed.
 
     Raises:
-        UserError: it is not there; so do the next two.
+        UserError: it is not there, or a line is no object.
     """
     return (row for _, row in read_objects(packed(path)))
 
 
 def read_json(path: Path) -> Any:
-    """A whole file of JSON, which may be packed."""
+    """A whole file of JSON, which may be packed.
+
+    Raises:
+        UserError: it is not there, or no JSON.
+    """
     found = packed(path)
     try:
         return parse_json("\n".join(line for _, line in read_lines(found)))
@@ -61,7 +72,11 @@ def read_json(path: Path) -> Any:
 
 
 def packed(path: Path) -> Path:
-    """The file, or the same with the suffix of a compression."""
+    """The file, or the same with the suffix of a compression.
+
+    Raises:
+        UserError: neither is there.
+    """
     tried = [path.with_name(path.name + suffix) for suffix in PACKED_SUFFIXES]
     return next((place for place in tried if place.is_file()), None) or required(path)
 

@@ -273,6 +273,9 @@ def test_a_damaged_set_and_an_empty_folder_are_named(data: Path, tmp_path: Path)
     pack(data / "multilingual" / "arcd" / "arcd-train.json.xz", '{"data": [')
     with pytest.raises(UserError, match=r"arcd-train\.json\.xz: invalid JSON"):
         prepare(data, tmp_path / "out")
+    pack(data / "multilingual" / "arcd" / "arcd-train.json.xz", '{"data": [{"title": "t"}]}')
+    with pytest.raises(UserError, match=r"not in SQuAD's layout: KeyError\('paragraphs'\)"):
+        prepare(data, tmp_path / "out")
     squad(data / "multilingual" / "arcd" / "arcd-train.json.xz", {"نص": ["سؤال"]})
     (data / "text" / "tldr" / "de.jsonl.xz").unlink()
     with pytest.raises(UserError, match=r"tldr: no \*\.jsonl\* in it"):
