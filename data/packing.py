@@ -96,19 +96,18 @@ class TokenRows(Sequence[np.ndarray]):
 
 def count_chunks(lengths: Sequence[int], token_budget: int) -> int:
     """How many chunks `lengths` (sorted) need when none may exceed the budget."""
-    return len(_greedy(lengths, token_budget))
+    return len(_greedy(np.cumsum(lengths), token_budget))
 
 
-def _greedy(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Cut the sequence of lengths into runs of at most `capacity` tokens; a longer one is alone."""
-    chunks: list[list[int]] = []
-    room = -1
-    for index, length in enumerate(lengths):
-        if length > room:
-            chunks.append([])
-            room = capacity
-        chunks[-1].append(index)
-        room -= length
+def _greedy(ends: np.ndarray, capacity: int) -> list[range]:
+    """Cut sequences, given by the running sum of their lengths, into runs of at most `capacity`
+    tokens; a longer one is alone."""
+    chunks: list[range] = []
+    first, before = 0, 0
+    while first < len(ends):
+        end = max(first + 1, int(np.searchsorted(ends, before + capacity, side="right")))
+        chunks.append(range(first, end))
+        first, before = end, ends[end - 1]
     return chunks
 
 
@@ -117,13 +116,14 @@ def even_chunks(lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
 
     Runs hold indices into `lengths`. Fewer sequences than chunks give empty runs at the end.
     """
-    low, high = max(lengths), sum(lengths)
+    ends = np.cumsum(lengths)
+    low, high = max(lengths), int(ends[-1])
     while low < high:
         middle = (low + high) // 2
         low, high = (
-            (low, middle) if len(_greedy(lengths, middle)) <= num_chunks else (middle + 1, high)
+            (low, middle) if len(_greedy(ends, middle)) <= num_chunks else (middle + 1, high)
         )
-    chunks = _greedy(lengths, low)
+    chunks = [list(chunk) for chunk in _greedy(ends, low)]
     while len(chunks) < num_chunks and len(chunks) < len(lengths):
         widest = max((c for c in chunks if len(c) > 1), key=lambda c: sum(lengths[i] for i in c))
         at, half = chunks.index(widest), len(widest) // 2

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import rotate_half
 
 from drama.attention import ATTENTION_NAME, PackedLayout, varlen_attention
 from drama.data.packing import PackedBatch
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, [1, T, E] each
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class Execution:
 
     pooled_last_block, pooled_norm: the last block and the final norm only where the pooling reads
     them. recompute_blocks: keep only the blocks' inputs for the backward pass, and run each block
-    again in it.
+    again in it. compiled: a block is two compiled pieces, before and after its attention; not under
+    ZeRO 3, whose weights are gathered by hooks that compiled code never runs.
     """
 
     pooled_last_block: bool = True
     pooled_norm: bool = True
     recompute_blocks: bool = False
+    compiled: bool = False
 
 
 def run_blocks(
@@ -45,6 +50,7 @@ def run_blocks(
     causal: bool,
     last_token_only: bool = False,
     recompute: bool = False,
+    compiled: bool = False,
     read: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Return the residual stream after the last block, before the final norm.
@@ -59,7 +65,9 @@ def run_blocks(
     hidden_1TD = backbone.embed_tokens(batch.input_ids_T[None])
     rotary = backbone.rotary_emb(hidden_1TD, position_ids=positions_1T)
     blocks: list[Callable[[Tensor], Tensor]] = [
-        functools.partial(
+        functools.partial(_compiled_block, layer, rotary, layout)
+        if compiled
+        else functools.partial(
             layer,
             attention_mask=None,
             position_embeddings=rotary,
@@ -69,7 +77,10 @@ def run_blocks(
         for layer in backbone.layers
     ]
     if last_token_only:
-        blocks[-1] = functools.partial(_last_block, backbone.layers[-1], rotary, layout)
+        keys_values = _compiled(_keys_values) if compiled else _keys_values
+        blocks[-1] = functools.partial(
+            _last_block, backbone.layers[-1], rotary, layout, keys_values
+        )
     recompute = recompute and torch.is_grad_enabled()
     for number, block in enumerate(blocks):
         if recompute:  # nothing is random in a block, so no generator state is kept
@@ -84,32 +95,71 @@ def run_blocks(
 
 
 def _last_block(
-    layer: Any, rotary: tuple[Tensor, Tensor], layout: PackedLayout, hidden_1TD: Tensor
+    layer: Any,
+    rotary: Rotary,
+    layout: PackedLayout,
+    keys_values: Callable[..., tuple[Tensor, Tensor]],
+    hidden_1TD: Tensor,
 ) -> Tensor:
-    """A Llama's or a Qwen's block at the last token of every sequence, [1, B, D].
+    """A Llama's or a Qwen's block at the last token of every sequence, [1, B, D]."""
+    last_B = layout.cu_seqlens[1:].long() - 1
+    k_TGE, v_TGE = keys_values(layer, rotary, hidden_1TD)
+    hidden_1BD, cos_1BE, sin_1BE = (x[:, last_B] for x in (hidden_1TD, *rotary))
+    q_BHE = _queries(layer, (cos_1BE, sin_1BE), hidden_1BD)
+    at_last = replace(layout, last_query=True)
+    out_BHE = varlen_attention(q_BHE, k_TGE, v_TGE, at_last, layer.self_attn.scaling)
+    return _rest(layer, hidden_1BD, out_BHE)
 
-    Through the block's own submodules: under ZeRO-3 each gathers its weights when it is called.
-    """
-    attention, last_B = layer.self_attn, layout.cu_seqlens[1:].long() - 1
-    normed_TD = layer.input_layernorm(hidden_1TD)[0]
-    cos_T1E, sin_T1E = (x[0][:, None] for x in rotary)
-    heads = (-1, attention.head_dim)
-    q_BHE = attention.q_proj(normed_TD[last_B]).unflatten(1, heads)
-    k_TGE = attention.k_proj(normed_TD).unflatten(1, heads)
+
+def _compiled_block(layer: Any, rotary: Rotary, layout: PackedLayout, hidden_1TD: Tensor) -> Tensor:
+    """The same block at every token, what lies before and after its attention compiled."""
+    q_THE, k_TGE, v_TGE = _compiled(_projections)(layer, rotary, hidden_1TD)
+    out_THE = varlen_attention(q_THE, k_TGE, v_TGE, layout, layer.self_attn.scaling)
+    out_1TD: Tensor = _compiled(_rest)(layer, hidden_1TD, out_THE)
+    return out_1TD
+
+
+@functools.cache
+def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+    # what costs no matrix product is computed again in the backward pass: a third less to keep
+    functorch.aggressive_recomputation = True
+    # dynamic: the number of tokens differs from chunk to chunk. All layers share the code.
+    return torch.compile(part, dynamic=True)
+
+
+# Through the block's own submodules: under ZeRO-3 each gathers its weights when it is called.
+
+
+def _projections(layer: Any, rotary: Rotary, hidden_1TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [T, H, E], keys and values [T, G, E]; the compiler norms once for all."""
+    return _queries(layer, rotary, hidden_1TD), *_keys_values(layer, rotary, hidden_1TD)
+
+
+def _queries(layer: Any, rotary: Rotary, hidden_1TD: Tensor) -> Tensor:
+    attention = layer.self_attn
+    q_TD = attention.q_proj(layer.input_layernorm(hidden_1TD)[0])
+    q_THE = q_TD.unflatten(1, (-1, attention.head_dim))
     if hasattr(attention, "q_norm"):  # Qwen3 norms every head
-        q_BHE, k_TGE = attention.q_norm(q_BHE), attention.k_norm(k_TGE)
-    v_TGE = attention.v_proj(normed_TD).unflatten(1, heads)
-    out_BHE = varlen_attention(
-        _rotated(q_BHE, cos_T1E[last_B], sin_T1E[last_B]),
-        _rotated(k_TGE, cos_T1E, sin_T1E),
-        v_TGE,
-        replace(layout, last_query=True),
-        attention.scaling,
-    )
-    hidden_BD = hidden_1TD[0][last_B] + attention.o_proj(out_BHE.flatten(1))
-    out_BD: Tensor = hidden_BD + layer.mlp(layer.post_attention_layernorm(hidden_BD))
-    return out_BD[None]
+        q_THE = attention.q_norm(q_THE)
+    return _rotated(q_THE, *rotary)
 
 
-def _rotated(x_THE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor) -> Tensor:
+def _keys_values(layer: Any, rotary: Rotary, hidden_1TD: Tensor) -> tuple[Tensor, Tensor]:
+    attention, normed_TD = layer.self_attn, layer.input_layernorm(hidden_1TD)[0]
+    heads = (-1, attention.head_dim)
+    k_TGE = attention.k_proj(normed_TD).unflatten(1, heads)
+    if hasattr(attention, "k_norm"):
+        k_TGE = attention.k_norm(k_TGE)
+    return _rotated(k_TGE, *rotary), attention.v_proj(normed_TD).unflatten(1, heads)
+
+
+def _rest(layer: Any, hidden_1TD: Tensor, out_THE: Tensor) -> Tensor:
+    """Output projection and feed-forward network, each added to the stream."""
+    hidden_1TD = hidden_1TD + layer.self_attn.o_proj(out_THE.flatten(1))
+    out_1TD: Tensor = hidden_1TD + layer.mlp(layer.post_attention_layernorm(hidden_1TD))
+    return out_1TD
+
+
+def _rotated(x_THE: Tensor, cos_1TE: Tensor, sin_1TE: Tensor) -> Tensor:
+    cos_T1E, sin_T1E = cos_1TE[0, :, None], sin_1TE[0, :, None]
     return x_THE * cos_T1E + rotate_half(x_THE) * sin_T1E

@@ -38,18 +38,17 @@ def prepare(encoder: Encoder, recipe: Recipe, device: torch.device) -> list[Choi
         pooled_last_block=step.pooled_last_block,
         pooled_norm=step.pooled_norm,
         recompute_blocks=step.recompute_blocks,
+        compiled=step.compile,
     )
     liger = _liger(recipe, device)
     if step.compile and step.liger == "auto":  # the compiler fuses these itself
         liger = Choice(liger.what, "transformers", "step.compile fuses them")
     if liger.chosen == "Liger-Kernel":
         fusion.use_liger(encoder.backbone, device.type)
-    if step.compile:
-        fusion.compile_blocks(encoder.backbone)
     last = encoder.settings.pooling == "last" and step.pooled_last_block
     return [
         liger,
-        Choice("torch.compile", "norms, feed-forward" if step.compile else "off", "step.compile"),
+        Choice("torch.compile", "all but attention" if step.compile else "off", "step.compile"),
         Choice(
             "last block",
             "at the pooled tokens" if last else "at every token",

@@ -169,6 +169,7 @@ class Encoder(nn.Module):
             causal=self.settings.attention == "causal",
             last_token_only=last_token_only,
             recompute=self.execution.recompute_blocks,
+            compiled=self.execution.compiled,
         )
 
     def prepack(self) -> None:

@@ -1,4 +1,4 @@
-"""Fused element-wise work in Hugging Face's blocks: Liger-Kernel's Triton kernels or Inductor's."""
+"""Fused element-wise work in Hugging Face's blocks by Liger-Kernel's Triton kernels."""
 
 from __future__ import annotations
 
@@ -75,14 +75,3 @@ def use_liger(backbone: Any, device_type: str) -> None:
 
     rotate.without_liger = plain  # type: ignore[attr-defined]
     modeling.apply_rotary_pos_emb = rotate
-
-
-def compile_blocks(backbone: Any) -> None:
-    """Compile what lies between the matrix products of every block; attention stays outside.
-
-    The number of tokens differs from chunk to chunk, so shapes are dynamic. Compiled are norms and
-    feed-forward networks: their submodules' weights are whole on ZeRO 0, 1 and 2 only.
-    """
-    for layer in backbone.layers:
-        for module in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
-            module.forward = torch.compile(module.forward, dynamic=True)

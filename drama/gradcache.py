@@ -25,10 +25,9 @@ B queries, N documents, X = B + N texts of this rank, M documents of all ranks, 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -50,8 +49,8 @@ KeepGraphs = int | Literal["auto"]
 
 @dataclass
 class StepOutput:
-    """What one step did. terms: what the loss has besides the contrastive one. seconds: per phase
-    (share, embed, loss, replay, reduce, step)."""
+    """What one step did. terms: what the loss has besides the contrastive one. watch: the phases
+    share, embed, loss, replay, reduce and step."""
 
     loss: float
     loss_by_prefix: list[float]
@@ -60,8 +59,8 @@ class StepOutput:
     num_kept: int
     terms: dict[str, float]
     grad_temperature: float
+    watch: Stopwatch
     grad_norm: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class GradCache:
@@ -107,7 +106,10 @@ class GradCache:
         parts = self._part_sizes(share, chunks)
         watch.lap("share")
 
-        vectors_XD, packed, graphs, columns = self._embed(share, chunks, parts, num_kept)
+        row_numbers = self._row_numbers(chunks)
+        vectors_XD, packed, graphs, columns = self._embed(
+            share, chunks, parts, row_numbers, num_kept
+        )
         watch.lap("embed")
 
         targets = share.targets(parts).to(self.device)
@@ -119,7 +121,7 @@ class GradCache:
         watch.lap("loss")
         loss_bytes = peak.taken() if peak is not None else 0
 
-        self._replay(chunks, packed, graphs, gradient_XD, watch)
+        self._replay(packed, graphs, row_numbers, gradient_XD, watch)
         watch.lap("reduce")
         if peak is not None:
             most = max(len(tokens.input_ids_T) for tokens in packed)
@@ -132,15 +134,14 @@ class GradCache:
             num_masked=result.num_masked,
             num_chunks=num_chunks,
             num_kept=len(graphs),
-            seconds=watch.seconds,
+            watch=watch,
         )
 
     def step(self, batch: RankBatch) -> StepOutput:
         """Backward, then the engine's optimiser and schedule step."""
         output = self.backward(batch)
-        start = time.perf_counter()
         output.grad_norm = step_engine(self.engine)
-        output.seconds["step"] = time.perf_counter() - start
+        output.watch.lap("step")
         return output
 
     def evaluate(self, batch: RankBatch) -> float:
@@ -148,7 +149,8 @@ class GradCache:
         share = share_out(batch, balance=self.balance, group=self.group)
         chunks = share.chunks(self._agree(share.lengths)[0])
         parts = self._part_sizes(share, chunks)
-        vectors_XD, _, _, columns = self._embed(share, chunks, parts, num_kept=0)
+        numbers = self._row_numbers(chunks)
+        vectors_XD, _, _, columns = self._embed(share, chunks, parts, numbers, num_kept=0)
         targets = share.targets(parts).to(self.device)
         loss = replace(self.loss, scores=None, spread_weight=0.0, teacher=None)
         return loss(vectors_XD[: share.num_queries], columns, targets).loss
@@ -178,10 +180,9 @@ class GradCache:
         """Chunks and kept graphs of this step, the same on every rank; lengths: of this rank's
         texts, sorted."""
         num_chunks = count_chunks(lengths, self.token_budget)
-        longest = max(lengths, default=1)
-        # even chunks: the largest is at most a text above their mean
-        largest = sum(lengths) / max(1, num_chunks) + longest
-        largest = min(largest, max(self.token_budget, longest))
+        # another rank may need more chunks; then this one's are smaller
+        chunks = even_chunks(lengths, num_chunks) if num_chunks else []
+        largest = max((sum(lengths[i] for i in chunk) for chunk in chunks), default=1)
         counts = torch.tensor([num_chunks, -self.room.count(largest)])
         if self.world_size > 1:
             dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.group)
@@ -205,6 +206,12 @@ class GradCache:
         rows = chunk or share.order[:1]
         return pack([share.rows[i] for i in rows]).to(self.device)
 
+    def _row_numbers(self, chunks: list[list[int]]) -> Sequence[Tensor]:
+        """Every chunk's row numbers on the device, all in one copy: a list as an index would be a
+        copy for each chunk, for which the host waits until the GPU is idle."""
+        numbers = torch.tensor([row for chunk in chunks for row in chunk], dtype=torch.int64)
+        return numbers.to(self.device).split([len(chunk) for chunk in chunks])
+
     # -- the two passes -----------------------------------------------------------------------
 
     def _embed(
@@ -212,6 +219,7 @@ class GradCache:
         share: Share,
         chunks: list[list[int]],
         part_sizes: list[list[int]],
+        row_numbers: Sequence[Tensor],
         num_kept: int,
     ) -> tuple[Tensor, list[PackedBatch], dict[int, Tensor], Columns]:
         """Pass 1: all vectors, the chunks on the device, the outputs whose graph lives, and the
@@ -234,7 +242,7 @@ class GradCache:
                 vectors_XD = out_BD.new_empty(len(share.rows), out_BD.shape[1])
                 if last:  # the only chunk: nothing was there to be sent before it
                     columns.send(vectors_XD[:0])
-            vectors_XD[chunk] = out_BD.detach()[: len(chunk)]
+            vectors_XD[row_numbers[number]] = out_BD.detach()[: len(chunk)]
             if kept:
                 graphs[number] = out_BD
         assert vectors_XD is not None
@@ -243,24 +251,24 @@ class GradCache:
 
     def _replay(
         self,
-        chunks: list[list[int]],
         packed: list[PackedBatch],
         graphs: dict[int, Tensor],
+        row_numbers: Sequence[Tensor],
         gradient_XD: Tensor,
         watch: Stopwatch,
     ) -> None:
         """Pass 2, from the last chunk to the first; "chunk" reduces within the replay."""
         at_once = self.reduction == "step"
         with self.engine.coalesce_grad_reduction() if at_once else nullcontext():
-            for number in reversed(range(len(chunks))):
+            for number in reversed(range(len(packed))):
                 if not at_once:
                     self.engine.set_gradient_accumulation_boundary(number == 0)
-                chunk, out_BD = chunks[number], graphs.get(number)
+                rows, out_BD = row_numbers[number], graphs.get(number)
                 if out_BD is None:
                     out_BD = self._encode_again(packed[number])
                 else:
                     graphs[number] = out_BD.detach()
-                surrogate = (out_BD[: len(chunk)].float() * gradient_XD[chunk].float()).sum()
+                surrogate = (out_BD[: len(rows)].float() * gradient_XD[rows].float()).sum()
                 self.engine.backward(surrogate, scale_wrt_gas=False)
             watch.lap("replay")
 

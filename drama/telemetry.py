@@ -123,5 +123,5 @@ class Telemetry(StepLog):
             "peak_mem_mib": memory.item(),
             "data_wait_s": waited,
             "seconds": seconds,
-            "seconds_by_phase": {"data": waited, **output.seconds},
+            "seconds_by_phase": {"data": waited, **output.watch.seconds},
         }

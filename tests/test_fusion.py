@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from drama import fusion
+from drama.blocks import Execution
 from drama.data.packing import pack
 from drama.encoder import Encoder
 from drama.folder import RetrieverSettings
@@ -44,7 +45,7 @@ def test_compiled_blocks_give_the_same_gradients(model: Path, pooling: str) -> N
     want = gradients(encoder)
     names = set(encoder.state_dict())
     torch._dynamo.reset()
-    fusion.compile_blocks(encoder.backbone)
+    encoder.execution = Execution(compiled=True)
     assert_equal(gradients(encoder), want)
     assert set(encoder.state_dict()) == names
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
@@ -53,6 +54,7 @@ def test_compiled_blocks_give_the_same_gradients(model: Path, pooling: str) -> N
 LIGER = """
 import sys, torch
 from drama import fusion
+from drama.blocks import Execution
 from drama.encoder import Encoder
 sys.path.insert(0, {tests!r})
 from test_fusion import assert_equal, gradients

@@ -37,6 +37,7 @@ from drama.gradcache import GradCache
 from drama.loss import ContrastiveLoss
 from drama.memory import PeakMemory
 from drama.metrics import forward_flops, peak_flops
+from drama.optimizer import look_once
 
 TEMPERATURE = 0.05
 LEARNING_RATE = 0.0  # AdamW does all its work, and every step sees the same weights
@@ -131,12 +132,12 @@ def ours(way: Ours, folder: Path) -> Iterator[Callable[[RankBatch], float]]:
     """A step of ours; returns the loss before the update."""
     kind = Encoder if way.packed else PaddedEncoder
     encoder = kind.from_pretrained(folder).train()
-    encoder.execution = Execution(way.pooled_last_block, way.pooled_norm)
+    encoder.execution = Execution(
+        way.pooled_last_block, way.pooled_norm, compiled=way.fused == "compile"
+    )
     on_gpu = torch.cuda.is_available()
     if way.fused == "liger" and on_gpu and fusion.has_liger():
         fusion.use_liger(encoder.backbone, "cuda")
-    elif way.fused == "compile":
-        fusion.compile_blocks(encoder.backbone)
     engine, *_ = deepspeed.initialize(
         model=encoder,
         optimizer=_adamw(encoder),
@@ -148,6 +149,7 @@ def ours(way: Ours, folder: Path) -> Iterator[Callable[[RankBatch], float]]:
             "steps_per_print": 2**31,
         },
     )
+    look_once(engine)
     step = GradCache(
         engine,
         ContrastiveLoss(TEMPERATURE),
