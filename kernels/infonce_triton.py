@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -75,7 +75,7 @@ def evaluate(problem: Problem, *, with_gradient: bool) -> Evaluation:
         for width, weight in reversed(list(zip(problem.widths, problem.weights, strict=True))):
             prefix = _Prefix(problem, width, weight)
             if with_gradient and gradients is None:
-                gradients = _Gradients.empty(prefix, whole=len(problem.widths) == 1)
+                gradients = _Gradients(prefix, whole=len(problem.widths) == 1)
             parts.append(prefix.evaluate(gradients))
     loss_PB, lse_PB, score_PB = (
         torch.stack([part[i] for part in reversed(parts)]) if parts[1:] else parts[0][i][None]
@@ -84,6 +84,7 @@ def evaluate(problem: Problem, *, with_gradient: bool) -> Evaluation:
     done = Evaluation(loss_PB, lse_PB, score_PB, parts[0][3])
     if gradients is None:
         return done
+    assert gradients.dk_ND is not None
     dtemperature = torch.stack(gradients.dtemperatures).sum()
     return done._replace(
         dq_BD=problem.at_full_width(gradients.dq_BD),
@@ -92,19 +93,19 @@ def evaluate(problem: Problem, *, with_gradient: bool) -> Evaluation:
     )
 
 
-class _Gradients(NamedTuple):
-    """Of the widest prefix, to which the others add theirs; in float32 where there are others."""
+class _Gradients:
+    """Of the widest prefix, to which the others add theirs; in float32 where there are others.
 
-    dq_BD: Tensor
-    dk_ND: Tensor
-    dtemperatures: list[Tensor]
+    dk_ND: None until it is written, where that is not float32: at the end, when H is gone.
+    """
 
-    @classmethod
-    def empty(cls, widest: _Prefix, *, whole: bool) -> _Gradients:
+    def __init__(self, widest: _Prefix, *, whole: bool) -> None:
         dtype = widest.gradient_dtype if whole else torch.float32
-        shapes = (widest.num_rows, widest.width), (widest.num_columns, widest.width)
-        dq_BD, dk_ND = (widest.q_BD.new_empty(shape, dtype=dtype) for shape in shapes)
-        return cls(dq_BD, dk_ND, [])
+        self.dq_BD = widest.q_BD.new_empty(widest.num_rows, widest.width, dtype=dtype)
+        self.dk_ND: Tensor | None = None
+        if dtype == torch.float32:
+            self.dk_ND = self.dq_BD.new_empty(widest.num_columns, widest.width)
+        self.dtemperatures: list[Tensor] = []
 
 
 class _Prefix:
@@ -191,8 +192,9 @@ class _Prefix:
         alone = not gradients.dtemperatures
         h_CN = self.q_BD.new_empty(self.chunk_size, self.stride)
         dq_CD = self.ia_B.new_empty(self.chunk_size, self.width)
-        in_place = alone and gradients.dk_ND.dtype == torch.float32
-        dk_ND = gradients.dk_ND if in_place else self.ib_N.new_empty(self.k_ND.shape)
+        dk_ND = gradients.dk_ND if alone else None
+        if dk_ND is None:
+            dk_ND = self.ib_N.new_empty(self.k_ND.shape)
         along_B = torch.empty_like(self.ia_B)
         for first in range(0, self.num_rows, self.chunk_size):
             chunk = slice(first, min(first + self.chunk_size, self.num_rows))
@@ -209,6 +211,9 @@ class _Prefix:
                 dq_CD[:num_rows], q_CD, self.ia_B[chunk], self.powers[0], chunk,
                 gradients.dq_BD[chunk], along_B[chunk], add=not alone,
             )  # fmt: skip
+        del h_CN, used_CN
+        if gradients.dk_ND is None:
+            gradients.dk_ND = torch.empty_like(dk_ND, dtype=self.gradient_dtype)
         everything = slice(0, self.num_columns)
         self._tangent(
             dk_ND, self.k_ND, self.ib_N, self.powers[1], everything,
