@@ -13,6 +13,7 @@ from drama import attention, fusion
 from drama.blocks import Execution
 from drama.console import console
 from drama.encoder import Encoder
+from drama.errors import UserError
 from drama.gradcache import GradCache
 from drama.kernels import infonce, pool
 from drama.recipe import Recipe
@@ -31,24 +32,25 @@ def prepare(encoder: Encoder, recipe: Recipe, device: torch.device) -> list[Choi
     """Set the encoder up as the recipe's `step` says; return what was chosen.
 
     Raises:
-        UserError: Liger-Kernel is asked for where it cannot run.
+        UserError: Liger-Kernel is asked for where it cannot run, or beside the compiler.
     """
     step = recipe.step
+    compiled, why = _compiled(recipe, device)
     encoder.execution = Execution(
         pooled_last_block=step.pooled_last_block,
         pooled_norm=step.pooled_norm,
         recompute_blocks=step.recompute_blocks,
-        compiled=step.compile,
+        compiled=compiled,
     )
     liger = _liger(recipe, device)
-    if step.compile and step.liger == "auto":  # the compiler fuses these itself
-        liger = Choice(liger.what, "transformers", "step.compile fuses them")
+    if compiled:  # the compiler fuses these itself
+        liger = Choice(liger.what, "Inductor", "compiled")
     if liger.chosen == "Liger-Kernel":
         fusion.use_liger(encoder.backbone, device.type)
     last = encoder.settings.pooling == "last" and step.pooled_last_block
     return [
         liger,
-        Choice("torch.compile", "all but attention" if step.compile else "off", "step.compile"),
+        Choice("torch.compile", "all but attention" if compiled else "off", why),
         Choice(
             "last block",
             "at the pooled tokens" if last else "at every token",
@@ -122,6 +124,22 @@ def _kept(step: GradCache) -> str:
 
 def _off(wanted: bool, otherwise: str) -> str:
     return otherwise if wanted else "step.pooled_last_block: false"
+
+
+def _compiled(recipe: Recipe, device: torch.device) -> tuple[bool, str]:
+    """Whether the blocks are compiled, and why."""
+    wanted = recipe.step.compile
+    if recipe.step.liger == "on":
+        if wanted == "on":
+            raise UserError("step.compile on, step.liger on: both fuse the same work; choose one")
+        return False, "step.liger: on"
+    if wanted != "auto":
+        return wanted == "on", f"step.compile: {wanted}"
+    if device.type != "cuda":
+        return False, f"brings nothing on {device.type}"
+    if recipe.deepspeed_config(world_size=1).get("zero_optimization", {}).get("stage", 0) == 3:
+        return False, "ZeRO 3 gathers weights by hooks"
+    return True, "faster, and keeps less of a graph"
 
 
 def _liger(recipe: Recipe, device: torch.device) -> Choice:

@@ -148,7 +148,7 @@ class StepRecipe(Strict):
     pooled_last_block: bool = True  # the last block only at the token that is pooled
     pooled_norm: bool = True  # the final norm only where the pooling reads it
     liger: OnOff = "auto"  # Liger-Kernel's norm, SwiGLU, RoPE; CUDA only
-    compile: bool = False  # torch.compile of norms and feed-forward; not with ZeRO 3
+    compile: OnOff = "auto"  # torch.compile of all but attention: on CUDA; not with ZeRO 3
 
 
 class Recipe(Settings):
@@ -204,10 +204,10 @@ class Recipe(Settings):
         per_rank = max(1, self.train.batch_size // world_size)
         config = self.train.deepspeed_config(world_size=world_size, rows_per_rank=per_rank)
         stage = config.get("zero_optimization", {}).get("stage", 0)
-        if self.step.compile and stage == 3:
+        if self.step.compile == "on" and stage == 3:
             raise UserError(
-                f"step.compile does not go with ZeRO 3 ({self.train.deepspeed}): its weights are "
-                "gathered by hooks that a compiled module never runs; take zero1 or zero2, or "
-                "step.compile false"
+                f"step.compile on does not go with ZeRO 3 ({self.train.deepspeed}): its weights "
+                "are gathered by hooks that compiled code never runs; take zero1 or zero2, or "
+                "step.compile auto"
             )
         return config

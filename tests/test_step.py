@@ -153,12 +153,31 @@ def test_liger_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
         choices.prepare(encoder, recipe(step={"liger": "on"}), torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("wanted", "stage", "device", "compiled"),
+    [
+        ("auto", "zero1", "cuda", True),
+        ("auto", "zero3", "cuda", False),
+        ("auto", "zero1", "cpu", False),
+        (True, "zero2", "cpu", True),
+        (False, "zero1", "cuda", False),
+    ],
+)
+def test_blocks_are_compiled_where_that_helps(
+    tmp_path: Path, wanted: str | bool, stage: str, device: str, compiled: bool
+) -> None:
+    encoder = Encoder.from_pretrained(tiny_llama(tmp_path / "model"))
+    settled = recipe(
+        step={"compile": wanted, "liger": "off"}, train={"precision": "fp32", "deepspeed": stage}
+    )
+    choices.prepare(encoder, settled, torch.device(device))
+    assert encoder.execution.compiled == compiled
+
+
 def test_compile_is_refused_with_zero_3() -> None:
-    settled = recipe(step={"compile": True}, train={"precision": "fp32", "deepspeed": "zero3"})
-    with pytest.raises(UserError, match=r"step\.compile does not go with ZeRO 3"):
+    settled = recipe(step={"compile": "on"}, train={"precision": "fp32", "deepspeed": "zero3"})
+    with pytest.raises(UserError, match=r"step\.compile on does not go with ZeRO 3"):
         settled.deepspeed_config(world_size=1)
-    other = recipe(step={"compile": True}, train={"precision": "fp32", "deepspeed": "zero2"})
-    other.deepspeed_config(world_size=1)
 
 
 def test_rope_that_lacks_a_key_is_one_clear_line(tmp_path: Path) -> None:
