@@ -33,6 +33,7 @@ FOLDER = click.Path(path_type=Path)
               help="cpu, gpu or smoke.")  # fmt: skip
 @click.option("--only", default="", metavar="NAMES", help="pruned,augment,batch,shape,nano.")
 @click.option("--seeds", metavar="NUMBERS", help="Such as 0 or 0,1; default: the scale's.")
+@click.option("--nano", metavar="STEPSxBATCH", help="drama-nano's training; default: the scale's.")
 @click.option("--missing", is_flag=True, help="Without what the CSV has figures of, old or new.")
 @click.option("--budget-hours", type=click.FloatRange(0), help="Begin nothing that ends later.")
 @click.option("--list", "listing", is_flag=True, help="Show nodes and minutes, run nothing.")

@@ -131,6 +131,7 @@ class Kinds:
             "data.max_document_tokens": self.scale.max_tokens,
             "train.batch_size": self.scale.batch,
             "train.steps": self.scale.steps,
+            "train.token_budget": self.scale.token_budget,
             "seed": seed,
         } | {key.replace("__", "."): value for key, value in values.items()}
         examples = int(str(sets["train.batch_size"])) * int(str(sets["train.steps"]))

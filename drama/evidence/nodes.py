@@ -68,7 +68,8 @@ class Cell:
 
     evaluation: the node whose OUT/evaluation holds evaluation.json. training: where examples,
     tokens and minutes are counted. perplexity: the node of a recovery and which side of it counts,
-    "losses_before" or "losses_after".
+    "losses_before" or "losses_after". systems: of the evaluation; the first is the cell's own, the
+    others stand beside it.
     """
 
     experiment: str
@@ -85,8 +86,8 @@ class Cell:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Its names in the CSV: its own, or of several systems theirs."""
-        return self.systems if len(self.systems) > 1 else (self.variant,)
+        """Its names in the CSV: its own, and those of the systems beside it."""
+        return self.variant, *self.systems[1:]
 
     def nodes(self) -> list[Node]:
         """All that it needs, in an order in which they can run."""

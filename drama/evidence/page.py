@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drama.errors import UserError
-from drama.evidence.plan import make_plan
+from drama.evidence.plan import RIVALS, make_plan
 from drama.evidence.rows import HEADLINE, LEFT_OUT, Row, read_rows
 from drama.evidence.scales import SCALES
 from drama.figures import bars, svg
@@ -100,6 +100,8 @@ def write_page(csv: Path, page: Path, scale: str) -> None:
             raise UserError(f"{TEMPLATE}: {place[0]} is no table, differences or figure of a known "
                             "experiment")  # fmt: skip
         cells, expected = cells_of(rows, name), variants_of(name, scale)
+        if name == "nano":
+            expected = [*_nano_models(rows, expected), *RIVALS]
         if kind == "table":
             if name == "nano":
                 return _by_set(rows, expected)
@@ -213,10 +215,22 @@ def p_of(gaps: Sequence[float]) -> float | None:
     return 1 - inside
 
 
+def _nano_models(rows: Sequence[Row], expected: Sequence[str]) -> list[str]:
+    """drama-nano in the trainings that were run, the longest last; else the scale's own."""
+    examples = {row.variant: row.examples or 0 for row in rows
+                if row.experiment == "nano" and row.variant not in RIVALS}  # fmt: skip
+    own = [variant for variant in expected if variant not in RIVALS]
+    return sorted(examples, key=lambda variant: examples[variant]) or own
+
+
 def _by_set(rows: Sequence[Row], systems: Sequence[str]) -> str:
-    """One line a test set: every system with its interval over queries."""
+    """One line a test set: every system with its interval over queries; then where the longest
+    training is ahead of the rivals and where behind."""
     own = {(row.variant, row.metric): row for row in rows if row.experiment == "nano"}
-    names = {"model": "drama-nano", "bm25": "BM25", "MiniLM": "all-MiniLM-L6-v2"}
+    names = {"bm25": "BM25", "MiniLM": "all-MiniLM-L6-v2"} | {
+        system: f"drama-nano, {system}" for system in systems if system not in RIVALS
+    }
+    model = next(system for system in reversed(systems) if system not in RIVALS)
     lines = ["| nDCG@10 | " + " | ".join(names[system] for system in systems) + " |",
              "| --- |" + " ---: |" * len(systems)]  # fmt: skip
     metrics = sorted({metric for _, metric in own if metric.startswith(HEADLINE)})
@@ -230,16 +244,21 @@ def _by_set(rows: Sequence[Row], systems: Sequence[str]) -> str:
     if not metrics:
         lines.append("| all |" + f" {NOT_RUN} |" * len(systems))
         return "\n".join(lines)
-    return "\n".join([*lines, *(_apart(own, metrics, rival, names) for rival in systems[1:])])
+    apart = [_apart(own, metrics, model, rival, names) for rival in RIVALS]
+    return "\n".join([*lines, *apart])
 
 
 def _apart(
-    rows: dict[tuple[str, str], Row], metrics: Sequence[str], rival: str, names: dict[str, str]
+    rows: dict[tuple[str, str], Row],
+    metrics: Sequence[str],
+    model: str,
+    rival: str,
+    names: dict[str, str],
 ) -> str:
     """Where the model and a rival differ by more than both intervals."""
     ahead, behind, unsure = list[str](), list[str](), list[str]()
     for metric in metrics:
-        one, other = rows.get(("model", metric)), rows.get((rival, metric))
+        one, other = rows.get((model, metric)), rows.get((rival, metric))
         if one is None or other is None or " mean " in metric:
             continue
         assert one.low is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ EXPERIMENTS = ("pruned", "augment", "batch", "shape", "nano")
 STARTS = ("importance", "scratch", "random", "first", "learned")  # the plainest question first
 LARGE_STARTS = ("importance", "scratch")
 
+RIVALS = ("bm25", "MiniLM")  # of drama-nano
 RIVALS_TOKENS = 256  # where all-MiniLM-L6-v2 cuts a document; drama-nano is judged there too
 
 
@@ -150,13 +152,14 @@ def _nano(kinds: Kinds) -> Iterator[Cell]:
     trained = kinds.trained(start, [own], "nano", 0, recipe="recipes/nano.yaml", **sources,
                             data__max_document_tokens=scale.nano_tokens,
                             train__steps=scale.nano_steps, train__batch_size=scale.nano_batch,
-                            train__lr=f"{_rate(7e-4, scale.nano_batch, 128):.2e}",
+                            train__lr=f"{min(_rate(7e-4, scale.nano_batch, 128), 1e-3):.2e}",
                             loss__matryoshka_dims=_nano_dims(scale))  # fmt: skip
     models = {"model": trained.at("run", "model"), "bm25": "bm25", "MiniLM": kinds.teacher}
     ended = kinds.evaluated(
         models, [trained], scale.suites["nano"], "nano", max_tokens=RIVALS_TOKENS
     )
-    yield Cell("nano", "drama-nano", 0, ended, trained, systems=("model", "bm25", "MiniLM"))
+    yield Cell("nano", f"{scale.nano_steps} x {scale.nano_batch}", 0, ended, trained,
+               systems=("model", *RIVALS))  # fmt: skip
 
 
 def nano_sources(kinds: Kinds) -> list[str]:
@@ -185,13 +188,13 @@ def _cell(
 
 
 def from_options(
-    name: str, *, data: Path | None, only: str, seeds: str | None, llm: Path | None,
-    teacher: str | None,
+    name: str, *, data: Path | None, only: str, seeds: str | None, nano: str | None,
+    llm: Path | None, teacher: str | None,
 ) -> tuple[Scale, list[Cell]]:  # fmt: skip
     """What launchers/evidence.py is given, as a scale and its cells.
 
     Raises:
-        UserError: an unknown scale, experiment or seed, no data, or a package that is missing.
+        UserError: an unknown scale, experiment, seed or size, no data, or a missing package.
     """
     scale = find_scale(name)
     if (data is None) != (name == "smoke"):
@@ -203,6 +206,11 @@ def from_options(
             scale = replace(scale, seeds=tuple(int(seed) for seed in seeds.split(",")))
         except ValueError:
             raise UserError(f"--seeds '{seeds}': give numbers such as 0,1,2") from None
+    if nano is not None:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", nano)
+        if match is None:
+            raise UserError(f"--nano '{nano}': give steps and batch, such as 900x1024")
+        scale = replace(scale, nano_steps=int(match[1]), nano_batch=int(match[2]))
     names = [part.strip() for part in only.split(",") if part.strip()]
     where = data.resolve() if data is not None else None
     model = llm or (find_llm() if data is not None else None)

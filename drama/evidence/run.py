@@ -12,9 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
-from drama.bench.rows import commit
+from drama.bench.rows import commit, device_name
 from drama.console import console
 from drama.demo import ON_GPU, ROOT
 from drama.errors import UserError
@@ -118,7 +119,10 @@ def _run(node: Node, work: Path) -> bool:
             _say(f"  the whole of it: {log}")
             return False
     minutes = None if went_on else (time.perf_counter() - start) / 60
-    record = {"commands": node.lines(), "minutes": minutes, "commit": commit()}
+    device = device_name(torch.device("cuda" if ON_GPU else "cpu"))
+    record = {
+        "commands": node.lines(), "minutes": minutes, "commit": commit(), "device": device,
+    }  # fmt: skip
     with replacing(folder / RECORD) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return True

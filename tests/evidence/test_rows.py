@@ -33,7 +33,7 @@ def work(tmp_path: Path) -> Path:
     suite = load_suite(tmp_path / "suite.yaml")
     folder = tmp_path / "work" / node().folder
     evaluate(suite_datasets(suite, tmp_path / "sets"), {"model": "bm25"}, out=folder / "evaluation")
-    (folder / RECORD).write_text(json.dumps({"minutes": 1.5, "commit": "abc"}))
+    (folder / RECORD).write_text(json.dumps({"minutes": 1.5, "commit": "abc", "device": "d"}))
     return tmp_path / "work"
 
 
@@ -79,7 +79,7 @@ def test_what_the_decontamination_left_out_is_counted(work: Path, tmp_path: Path
     run = work / training.folder / "run"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"tokens": 7}\n')
-    (run.parent / RECORD).write_text(json.dumps({"minutes": 1.5, "commit": "abc"}))
+    (run.parent / RECORD).write_text(json.dumps({"minutes": 1.5, "commit": "abc", "device": "d"}))
     csv = tmp_path / "rows.csv"
     write_rows(csv, work, Cell("nano", "a", 0, node(), training), "cpu")
     assert {row.value for row in read_rows(csv) if row.metric == "left out"} == {1}
@@ -117,5 +117,5 @@ def test_cells_that_the_file_has_no_figures_of(work: Path, tmp_path: Path) -> No
     # one of its two systems alone is not all of it
     write_rows(csv, work, Cell("nano", "bm25", 0, node()), "cpu")
     assert without_rows(csv, [three], "cpu") == [three]
-    write_rows(csv, work, Cell("nano", "model", 0, node()), "cpu")
+    write_rows(csv, work, Cell("nano", "n", 0, node()), "cpu")
     assert without_rows(csv, [three], "cpu") == []
