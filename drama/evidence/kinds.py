@@ -132,6 +132,7 @@ class Kinds:
             "train.batch_size": self.scale.batch,
             "train.steps": self.scale.steps,
             "train.token_budget": self.scale.token_budget,
+            "data.workers": self.scale.workers,
             "seed": seed,
         } | {key.replace("__", "."): value for key, value in values.items()}
         examples = int(str(sets["train.batch_size"])) * int(str(sets["train.steps"]))

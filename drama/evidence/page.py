@@ -245,7 +245,18 @@ def _by_set(rows: Sequence[Row], systems: Sequence[str]) -> str:
         lines.append("| all |" + f" {NOT_RUN} |" * len(systems))
         return "\n".join(lines)
     apart = [_apart(own, metrics, model, rival, names) for rival in RIVALS]
-    return "\n".join([*lines, *apart])
+    return "\n".join([*lines, f"\n{_trainings(own, systems)}", *apart])
+
+
+def _trainings(rows: dict[tuple[str, str], Row], systems: Sequence[str]) -> str:
+    """Pairs, minutes and machine of every training of the model, named by steps and batch."""
+    told = []
+    for system in systems:
+        row = next((row for (variant, _), row in rows.items() if variant == system), None)
+        if row is not None and row.examples:
+            minutes = "" if row.minutes is None else f"{row.minutes:.0f} minutes "
+            told.append(f"{system}, {row.examples:,} pairs, {minutes}on {row.device}")
+    return f"Trained, steps x pairs: {'; '.join(told)}."
 
 
 def _apart(
@@ -269,8 +280,8 @@ def _apart(
         apart.append(metric.removeprefix(f"{HEADLINE} "))
     told = ", ".join(ahead) or "no set"
     return (
-        f"\nAgainst {names[rival]}, intervals apart: ahead on {told}; behind on {len(behind)} sets;"
-        f" neither on {', '.join(unsure) or 'no set'}."
+        f"\nThe longest training against {names[rival]}, intervals apart: ahead on {told};"
+        f" behind on {len(behind)} sets; neither on {', '.join(unsure) or 'no set'}."
     )
 
 

@@ -65,12 +65,13 @@ def test_a_page_says_where_the_model_is_ahead_and_where_behind(tmp_path):
         examples = {"9 x 64": 576, "90 x 2": 180}.get(system, "")
         for name, (value, low, high) in figures.items():
             lines.append(
-                f"cpu,nano,{system},0,nDCG@10 {name},{value},{low},{high},{examples},,,x,y"
+                f"cpu,nano,{system},0,nDCG@10 {name},{value},{low},{high},{examples},,3,x,y"
             )
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
     write_page(tmp_path / "rows.csv", tmp_path / "page.md", "cpu")
     text = (tmp_path / "page.md").read_text()
     assert "| nDCG@10 | drama-nano, 90 x 2 | drama-nano, 9 x 64 | BM25 | all-MiniLM-L6-v2 |" in text
     assert "| a | 0.100 [0.000, 0.200] | 0.500 [0.400, 0.600] | 0.300 [" in text
-    assert "Against BM25, intervals apart: ahead on a; behind on 1 sets; neither on b." in text
-    assert "Against all-MiniLM-L6-v2, intervals apart: ahead on no set; behind on 0 sets;" in text
+    assert "Trained, steps x pairs: 90 x 2, 180 pairs, 3 minutes on y; 9 x 64, 576 pairs" in text
+    assert "against BM25, intervals apart: ahead on a; behind on 1 sets; neither on b." in text
+    assert "against all-MiniLM-L6-v2, intervals apart: ahead on no set; behind on 0 sets;" in text
