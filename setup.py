@@ -28,7 +28,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "transformers>=5.2,<6",
-        "deepspeed>=0.19.2",
+        "deepspeed>=0.19.8",
         "datasets",
         "pyarrow",
         "fsspec",

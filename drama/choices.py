@@ -28,14 +28,16 @@ class Choice:
     why: str
 
 
-def prepare(encoder: Encoder, recipe: Recipe, device: torch.device) -> list[Choice]:
+def prepare(
+    encoder: Encoder, recipe: Recipe, device: torch.device, world_size: int = 1
+) -> list[Choice]:
     """Set the encoder up as the recipe's `step` says; return what was chosen.
 
     Raises:
         UserError: Liger-Kernel is asked for where it cannot run, or beside the compiler.
     """
     step = recipe.step
-    compiled, why = _compiled(recipe, device)
+    compiled, why = _compiled(encoder, recipe, device, world_size)
     encoder.execution = Execution(
         pooled_last_block=step.pooled_last_block,
         pooled_norm=step.pooled_norm,
@@ -50,7 +52,7 @@ def prepare(encoder: Encoder, recipe: Recipe, device: torch.device) -> list[Choi
     last = encoder.settings.pooling == "last" and step.pooled_last_block
     return [
         liger,
-        Choice("torch.compile", "all but attention" if compiled else "off", why),
+        Choice("torch.compile", "around attention" if compiled else "off", why),
         Choice(
             "last block",
             "at the pooled tokens" if last else "at every token",
@@ -126,7 +128,9 @@ def _off(wanted: bool, otherwise: str) -> str:
     return otherwise if wanted else "step.pooled_last_block: false"
 
 
-def _compiled(recipe: Recipe, device: torch.device) -> tuple[bool, str]:
+def _compiled(
+    encoder: Encoder, recipe: Recipe, device: torch.device, world_size: int
+) -> tuple[bool, str]:
     """Whether the blocks are compiled, and why."""
     wanted = recipe.step.compile
     if recipe.step.liger == "on":
@@ -137,8 +141,12 @@ def _compiled(recipe: Recipe, device: torch.device) -> tuple[bool, str]:
         return wanted == "on", f"step.compile: {wanted}"
     if device.type != "cuda":
         return False, f"brings nothing on {device.type}"
-    if recipe.deepspeed_config(world_size=1).get("zero_optimization", {}).get("stage", 0) == 3:
+    config = recipe.deepspeed_config(world_size=world_size)
+    if config.get("zero_optimization", {}).get("stage", 0) == 3:
         return False, "ZeRO 3 gathers weights by hooks"
+    # weights lie one behind the other in ZeRO's buffer, and all layers share one compiled code
+    if any(weight.numel() % 8 for weight in encoder.parameters()):
+        return False, "a weight's size is no multiple of 16 bytes"
     return True, "faster, and keeps less of a graph"
 
 

@@ -106,14 +106,14 @@ class GradCache:
         parts = self._part_sizes(share, chunks)
         watch.lap("share")
 
-        row_numbers = self._row_numbers(chunks)
+        row_numbers, targets = self._row_numbers(chunks), share.targets(parts).to(self.device)
         vectors_XD, packed, graphs, columns = self._embed(
             share, chunks, parts, row_numbers, num_kept
         )
         watch.lap("embed")
 
-        targets = share.targets(parts).to(self.device)
         result = self.loss(vectors_XD[: share.num_queries], columns, targets)
+        loss_by_prefix = result.loss_P.tolist()
         # the engine averages over ranks; the objective is a sum of the ranks' shares
         gradient_XD = torch.cat([result.grad_q_BD, result.grad_k_ND]) * self.world_size
         if not math.isfinite(result.loss + result.grad_temperature):
@@ -128,7 +128,7 @@ class GradCache:
             self.room.learn(peak.taken(), loss_bytes, len(graphs), most)
         return StepOutput(
             loss=result.loss,
-            loss_by_prefix=result.loss_P.tolist(),
+            loss_by_prefix=loss_by_prefix,
             terms=result.terms,
             grad_temperature=result.grad_temperature,
             num_masked=result.num_masked,

@@ -19,6 +19,8 @@ from drama.memory import GRADIENT_SHARE, spare_bytes
 from drama.settings import Optimization, Schedule
 
 Reduction = Literal["auto", "step", "chunk"]
+# DeepSpeed's count of samples waits for the GPU at every forward: the host could not run ahead
+WAITLESS = {"throughput": {"enabled": False}}
 
 
 class Pace(NamedTuple):
@@ -101,6 +103,7 @@ def start_engine(
     config["tensorboard"] = ours | config.get("tensorboard", {})
     config["tensorboard"]["enabled"] &= ranks.is_main
     config["steps_per_print"] = 2**31
+    config.setdefault("timers", WAITLESS)
     stage = config.get("zero_optimization", {})
     offloaded = stage.get("offload_optimizer", {}).get("device") == "cpu"
     optimizer = adamw(module, train, ranks.device, offloaded=offloaded)
@@ -117,10 +120,11 @@ def start_engine(
 def look_once(engine: Any) -> None:
     """Have ZeRO 1 and 2 find infinity and NaN in the gradient by its norm alone.
 
-    DeepSpeed looks for them in every tensor first, by itself, and waits for the answer: on a fast
-    GPU a twentieth of a small step. The norm, which it takes behind that, is no number either.
+    DeepSpeed looks for them in every tensor first, by itself, and waits for the answer. The norm,
+    which it takes behind that, is no number either.
     """
-    if engine.zero_optimization_stage() in (1, 2) and engine.optimizer.compute_grad_norm:
+    measured = getattr(engine.optimizer, "compute_grad_norm", False)
+    if engine.zero_optimization_stage() in (1, 2) and measured:
         engine.optimizer.has_overflow = lambda *_, **__: False
 
 

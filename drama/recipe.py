@@ -148,7 +148,7 @@ class StepRecipe(Strict):
     pooled_last_block: bool = True  # the last block only at the token that is pooled
     pooled_norm: bool = True  # the final norm only where the pooling reads it
     liger: OnOff = "auto"  # Liger-Kernel's norm, SwiGLU, RoPE; CUDA only
-    compile: OnOff = "auto"  # torch.compile of all but attention: on CUDA; not with ZeRO 3
+    compile: OnOff = "auto"  # torch.compile around attention: on CUDA; not with ZeRO 3
 
 
 class Recipe(Settings):

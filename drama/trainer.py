@@ -83,7 +83,7 @@ class Trainer:
             for name, weight in self.encoder.backbone.named_parameters()
             if ranks.is_main and not weight.requires_grad
         }
-        self.chosen = choices.prepare(self.encoder, recipe, ranks.device)
+        self.chosen = choices.prepare(self.encoder, recipe, ranks.device, ranks.world_size)
         self.batches = self._open_data()
         self.bad = BadRecords(recipe.output)
         self.bad_steps = BadSteps(ranks, recipe.output, recipe.train.max_bad_steps)

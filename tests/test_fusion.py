@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3Model
 
 from drama import fusion
+from drama.attention import ATTENTION_NAME
 from drama.blocks import Execution
 from drama.data.packing import pack
 from drama.encoder import Encoder
 from drama.folder import RetrieverSettings
-from drama.testing import tiny_llama
+from drama.testing import byte_tokenizer, tiny_llama
 
 ROWS = [[5 + i % 200 for i in range(n)] for n in (3, 9, 9, 31)]
 
@@ -38,15 +40,32 @@ def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) ->
         assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_compiled_blocks_give_the_same_gradients(model: Path, pooling: str) -> None:
-    settings = RetrieverSettings(pooling=pooling)  # type: ignore[arg-type]
-    encoder = Encoder.from_pretrained(model, settings=settings)
+def tiny_qwen3() -> Encoder:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 80}
+    config = Qwen3Config(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.2
+    )
+    backbone = Qwen3Model._from_config(config, attn_implementation=ATTENTION_NAME)
+    return Encoder(backbone, byte_tokenizer(), RetrieverSettings(pooling="last"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "recompute"), [("last", False), ("mean", True), ("qwen3, last", False)]
+)
+def test_compiled_blocks_give_the_same_gradients(model: Path, kind: str, recompute: bool) -> None:
+    if kind == "qwen3, last":
+        encoder = tiny_qwen3()
+    else:
+        settings = RetrieverSettings(pooling=kind)  # type: ignore[arg-type]
+        encoder = Encoder.from_pretrained(model, settings=settings)
     want = gradients(encoder)
     names = set(encoder.state_dict())
     torch._dynamo.reset()
-    encoder.execution = Execution(compiled=True)
+    torch._dynamo.utils.counters.clear()
+    encoder.execution = Execution(compiled=True, recompute_blocks=recompute)
     assert_equal(gradients(encoder), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert set(encoder.state_dict()) == names
 
 
@@ -67,7 +86,6 @@ def test_all_blocks_and_lengths_share_the_compiled_code(tmp_path: Path) -> None:
 LIGER = """
 import sys, torch
 from drama import fusion
-from drama.blocks import Execution
 from drama.encoder import Encoder
 sys.path.insert(0, {tests!r})
 from test_fusion import assert_equal, gradients

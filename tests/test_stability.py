@@ -17,7 +17,9 @@ MATRIX = [
 ]
 
 
-@pytest.mark.parametrize("cases", [["2:bf16:step"], pytest.param(MATRIX, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cases", [["2:bf16:step", "1:bf16:chunk"], pytest.param(MATRIX, marks=pytest.mark.slow)]
+)
 def test_a_bad_step_leaves_no_residue(tmp_path, cases):
     """[good, bad, good] gives the weights of a run that left the second one out by hand."""
     done = run_deepspeed(WORKER, str(tmp_path), *cases)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from drama.metrics import Stopwatch
-from drama.optimizer import adamw, step_engine
+from drama.optimizer import WAITLESS, adamw, step_engine
 from drama.prune.source import find_llm, load_model, read_config
 from drama.settings import Optimization
 
@@ -29,7 +29,7 @@ class PlainLM:
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=adamw(model, train, device, offloaded=False),
-            config=config | {"steps_per_print": 2**31},
+            config=config | {"steps_per_print": 2**31, "timers": WAITLESS},
         )
         self.grad_norm = 0.0
         self.seconds: dict[str, float] = {}

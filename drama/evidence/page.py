@@ -256,7 +256,7 @@ def _trainings(rows: dict[tuple[str, str], Row], systems: Sequence[str]) -> str:
         if row is not None and row.examples:
             minutes = "" if row.minutes is None else f"{row.minutes:.0f} minutes "
             told.append(f"{system}, {row.examples:,} pairs, {minutes}on {row.device}")
-    return f"Trained, steps x pairs: {'; '.join(told)}."
+    return f"Trained, steps x pairs: {'; '.join(told) or NOT_RUN}."
 
 
 def _apart(

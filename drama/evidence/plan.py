@@ -152,6 +152,7 @@ def _nano(kinds: Kinds) -> Iterator[Cell]:
     trained = kinds.trained(start, [own], "nano", 0, recipe="recipes/nano.yaml", **sources,
                             data__max_document_tokens=scale.nano_tokens,
                             train__steps=scale.nano_steps, train__batch_size=scale.nano_batch,
+                            # the root of the batch would give 2e-3 at 1,024: not tried
                             train__lr=f"{min(_rate(7e-4, scale.nano_batch, 128), 1e-3):.2e}",
                             loss__matryoshka_dims=_nano_dims(scale))  # fmt: skip
     models = {"model": trained.at("run", "model"), "bm25": "bm25", "MiniLM": kinds.teacher}
@@ -210,6 +211,8 @@ def from_options(
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", nano)
         if match is None:
             raise UserError(f"--nano '{nano}': give steps and batch, such as 900x1024")
+        if "nano" not in (only or "nano"):
+            raise UserError(f"--nano '{nano}' is of the experiment nano; --only has '{only}'")
         scale = replace(scale, nano_steps=int(match[1]), nano_batch=int(match[2]))
     names = [part.strip() for part in only.split(",") if part.strip()]
     where = data.resolve() if data is not None else None

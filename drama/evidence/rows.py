@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from drama.bench.rows import device_name
 from drama.data.manifest import read_manifest
 from drama.evidence.nodes import RECORD, Cell, Node
 from drama.files import replacing
@@ -124,10 +127,11 @@ def _training_facts(cell: Cell, work: Path) -> dict[str, Any]:
 
 def _facts(folder: Path) -> dict[str, Any]:
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "minutes": record["minutes"],
         "commit": record["commit"],
-        "device": record["device"],
+        "device": record.get("device") or device_name(here),  # older records do not have it
     }
 
 

@@ -52,7 +52,7 @@ CPU = Scale(
             "large": "layers=12,hidden=384,heads=6,ffn=1024"},
     dims=(64, 192, 384), vocabulary="16k", calibration_tokens=8192,
     recover_steps=60, mask_steps=300, batch=64, steps=48, max_tokens=64,
-    token_budget=8192, workers=1, batches=(64, 512, 4096), batch_examples=8192,
+    token_budget=4096, workers=1, batches=(64, 512, 4096), batch_examples=8192,
     queries=150, crops=1500, texts=CROPPED,
     suites={"pruned": "basic", "augment": "wide", "batch": "basic", "shape": "basic",
             "nano": "all"},
@@ -61,13 +61,12 @@ CPU = Scale(
     speed=3200, start_s=8,
 )  # fmt: skip
 GPU = replace(
-    CPU, name="gpu", batches=(64, 256, 1024, 4096), vocabulary="32k",
+    CPU, name="gpu", batches=(64, 256, 1024, 4096),
     calibration_tokens=32768, recover_steps=400, mask_steps=300,
     batch=256, steps=200, max_tokens=192, token_budget=131072, workers=12,
     batch_examples=65536, queries=1000, crops=4000,
     suites={**CPU.suites, "pruned": "wide", "batch": "wide", "shape": "wide"},
-    nano_shape="layers=12,hidden=576,heads=9,ffn=1536", nano_tokens=256,
-    nano_steps=2000, nano_batch=1024,
+    nano_steps=900, nano_batch=1024,
     speed=600_000, start_s=12,
 )  # fmt: skip
 SMOKE = replace(
