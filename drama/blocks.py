@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch
-from torch._inductor.compile_fx import compile_fx
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -129,6 +128,8 @@ def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
 def _inductor(graph: Any, inputs: Any) -> Any:
     """Inductor, with all that costs no matrix product computed again in the backward pass: a
     quarter less of a graph to keep."""
+    from torch._inductor.compile_fx import compile_fx  # a slow import
+
     with functorch.patch(aggressive_recomputation=True):
         return compile_fx(graph, inputs)
 
