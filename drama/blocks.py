@@ -98,14 +98,14 @@ def _last_block(
     layer: Any,
     rotary: Rotary,
     layout: PackedLayout,
-    keys_values: Callable[..., tuple[Tensor, Tensor]],
+    keys_values: Callable[..., tuple[Tensor, Tensor, Tensor]],
     hidden_1TD: Tensor,
 ) -> Tensor:
     """A Llama's or a Qwen's block at the last token of every sequence, [1, B, D]."""
     last_B = layout.cu_seqlens[1:].long() - 1
-    k_TGE, v_TGE = keys_values(layer, rotary, hidden_1TD)
+    k_TGE, v_TGE, normed_TD = keys_values(layer, rotary, hidden_1TD)
     hidden_1BD, cos_1BE, sin_1BE = (x[:, last_B] for x in (hidden_1TD, *rotary))
-    q_BHE = _queries(layer, (cos_1BE, sin_1BE), hidden_1BD)
+    q_BHE = _queries(layer, (cos_1BE, sin_1BE), normed_TD[last_B])
     at_last = replace(layout, last_query=True)
     out_BHE = varlen_attention(q_BHE, k_TGE, v_TGE, at_last, layer.self_attn.scaling)
     return _rest(layer, hidden_1BD, out_BHE)
@@ -138,26 +138,28 @@ def _inductor(graph: Any, inputs: Any) -> Any:
 
 
 def _projections(layer: Any, rotary: Rotary, hidden_1TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [T, H, E], keys and values [T, G, E]; the compiler norms once for all."""
-    return _queries(layer, rotary, hidden_1TD), *_keys_values(layer, rotary, hidden_1TD)
+    """Queries [T, H, E], keys and values [T, G, E]."""
+    k_TGE, v_TGE, normed_TD = _keys_values(layer, rotary, hidden_1TD)
+    return _queries(layer, rotary, normed_TD), k_TGE, v_TGE
 
 
-def _queries(layer: Any, rotary: Rotary, hidden_1TD: Tensor) -> Tensor:
+def _queries(layer: Any, rotary: Rotary, normed_TD: Tensor) -> Tensor:
     attention = layer.self_attn
-    q_TD = attention.q_proj(layer.input_layernorm(hidden_1TD)[0])
-    q_THE = q_TD.unflatten(1, (-1, attention.head_dim))
+    q_THE = attention.q_proj(normed_TD).unflatten(1, (-1, attention.head_dim))
     if hasattr(attention, "q_norm"):  # Qwen3 norms every head
         q_THE = attention.q_norm(q_THE)
     return _rotated(q_THE, *rotary)
 
 
-def _keys_values(layer: Any, rotary: Rotary, hidden_1TD: Tensor) -> tuple[Tensor, Tensor]:
+def _keys_values(layer: Any, rotary: Rotary, hidden_1TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [T, G, E], and the normed states that they come from, [T, D]."""
     attention, normed_TD = layer.self_attn, layer.input_layernorm(hidden_1TD)[0]
     heads = (-1, attention.head_dim)
     k_TGE = attention.k_proj(normed_TD).unflatten(1, heads)
     if hasattr(attention, "k_norm"):
         k_TGE = attention.k_norm(k_TGE)
-    return _rotated(k_TGE, *rotary), attention.v_proj(normed_TD).unflatten(1, heads)
+    v_TGE = attention.v_proj(normed_TD).unflatten(1, heads)
+    return _rotated(k_TGE, *rotary), v_TGE, normed_TD
 
 
 def _rest(layer: Any, hidden_1TD: Tensor, out_THE: Tensor) -> Tensor:
