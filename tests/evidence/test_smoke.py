@@ -124,16 +124,16 @@ def test_an_experiment_that_is_killed_and_goes_on(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_drama_nano_from_its_texts_to_its_page(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    done = run(work, "--nano", "3x32", only="nano")
+    done = run(work, "--nano", "3x64", only="nano")
     assert done.returncode == 0, done.stderr
     values = {(row["variant"], row["metric"]): float(row["value"]) for row in figures(work)}
     systems = {system for system, _ in values}
-    assert systems == {"3 x 32", "bm25", "MiniLM"}
+    assert systems == {"3 x 64", "bm25", "MiniLM"}
     assert 0.5 < values["bm25", "nDCG@10 scifact"] <= 1
     page = (work / "evidence.md").read_text()
-    assert f"| scifact | {values['3 x 32', 'nDCG@10 scifact']:.3f} [" in page
+    assert f"| scifact | {values['3 x 64', 'nDCG@10 scifact']:.3f} [" in page
     # another work folder with the same figures has nothing left to run
     figures_of = ["--missing", "--csv", str(work / "evidence.csv")]
-    again = run(tmp_path / "other", "--nano", "3x32", *figures_of, only="nano")
+    again = run(tmp_path / "other", "--nano", "3x64", *figures_of, only="nano")
     assert again.returncode == 0, again.stderr
     assert not list((tmp_path / "other").glob("*-*"))
