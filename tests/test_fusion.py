@@ -83,6 +83,20 @@ def test_all_blocks_and_lengths_share_the_compiled_code(tmp_path: Path) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6
 
 
+def test_a_compiled_block_keeps_gate_and_up_but_not_their_product(model: Path) -> None:
+    encoder = Encoder.from_pretrained(model, settings=RetrieverSettings(pooling="mean")).train()
+    encoder.execution = Execution(compiled=True)
+    kept: list[tuple[int, ...]] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(x.shape[-2:]))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        encoder(pack(ROWS))
+    assert kept.count((sum(map(len, ROWS)), 96)) == 2 * 3  # of three blocks
+
+
 LIGER = """
 import sys, torch
 from drama import fusion

@@ -174,6 +174,34 @@ def test_blocks_are_compiled_where_that_helps(
     assert encoder.execution.compiled == compiled
 
 
+def test_blocks_are_not_compiled_where_weights_lie_unaligned(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model", hidden_size=68, head_dim=16)  # norms of 136 bytes
+    encoder = Encoder.from_pretrained(model)
+    settled = recipe(step={"liger": "off"}, train={"precision": "fp32", "deepspeed": "zero1"})
+    shown = choices.prepare(encoder, settled, torch.device("cuda"))
+    assert not encoder.execution.compiled
+    assert "no multiple of 16 bytes" in next(c.why for c in shown if c.what == "torch.compile")
+
+
+def test_the_compiler_and_liger_are_not_both_taken(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(tiny_llama(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"step\.compile on, step\.liger on"):
+        choices.prepare(encoder, recipe(step={"compile": "on", "liger": "on"}), torch.device("cpu"))
+
+
+def test_a_json_for_several_ranks_is_no_obstacle_to_compiling(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(tiny_llama(tmp_path / "model"))
+    config = tmp_path / "eight.json"
+    config.write_text(
+        '{"train_micro_batch_size_per_gpu": 256, "bf16": {"enabled": "auto"}, '
+        '"zero_optimization": {"stage": 1}}'
+    )
+    train = {"precision": "fp32", "deepspeed": str(config), "batch_size": 2048}
+    settled = recipe(step={"liger": "off"}, train=train)
+    choices.prepare(encoder, settled, torch.device("cuda"), world_size=8)
+    assert encoder.execution.compiled
+
+
 def test_compile_is_refused_with_zero_3() -> None:
     settled = recipe(step={"compile": "on"}, train={"precision": "fp32", "deepspeed": "zero3"})
     with pytest.raises(UserError, match=r"step\.compile on does not go with ZeRO 3"):
