@@ -44,14 +44,12 @@ def prepare(
         recompute_blocks=step.recompute_blocks,
         compiled=compiled,
     )
-    liger = _liger(recipe, device)
-    if compiled:  # the compiler fuses these itself
-        liger = Choice(liger.what, "Inductor", "compiled")
-    if liger.chosen == "Liger-Kernel":
-        fusion.use_liger(encoder.backbone, device.type)
+    fused = ("Inductor", "compiled")  # which fuses these itself
+    if not compiled:
+        fused = fusion.fuse(encoder.backbone, step.liger, device)
     last = encoder.settings.pooling == "last" and step.pooled_last_block
     return [
-        liger,
+        Choice("norm, SwiGLU, RoPE", *fused),
         Choice("torch.compile", "around attention" if compiled else "off", why),
         Choice(
             "last block",
@@ -148,8 +146,3 @@ def _compiled(
     if any(weight.numel() % 8 for weight in encoder.parameters()):
         return False, "a weight's size is no multiple of 16 bytes"
     return True, "faster, and keeps less of a graph"
-
-
-def _liger(recipe: Recipe, device: torch.device) -> Choice:
-    chosen, why = fusion.choose_liger(recipe.step.liger, device)
-    return Choice("norm, SwiGLU, RoPE", "Liger-Kernel" if chosen else "transformers", why)

@@ -147,7 +147,7 @@ class StepRecipe(Strict):
     recompute_blocks: bool = False  # activation checkpointing: block inputs only, for long texts
     pooled_last_block: bool = True  # the last block only at the token that is pooled
     pooled_norm: bool = True  # the final norm only where the pooling reads it
-    liger: OnOff = "auto"  # Liger-Kernel's norm, SwiGLU, RoPE; CUDA only
+    liger: OnOff = "auto"  # Liger-Kernel's norm, SwiGLU, RoPE on CUDA; auto: ours on a CPU
     compile: OnOff = "auto"  # torch.compile around attention: on CUDA; not with ZeRO 3
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from drama import attention as module
+from drama import block_attention as blocks
 from drama.attention import PackedLayout, choose_backend, varlen_attention
+from drama.memory import GraphBytes
 
 RAGGED = {
     "ragged": (1, 7, 3, 12),
@@ -116,7 +118,64 @@ def test_views_as_transformers_hands_them_over() -> None:
 
 def test_the_choice_says_why() -> None:
     assert choose_backend("cpu", torch.float32)[0] == "sdpa per sequence"
+    bf16 = "blocks of scores" if blocks.has_bf16_instructions() else "sdpa per sequence"
+    assert choose_backend("cpu", torch.bfloat16)[0] == bf16
     assert choose_backend("cuda", torch.float32) == (
         "sdpa per sequence", "the varlen kernels take 16-bit types only"
     )  # fmt: skip
     assert choose_backend("cuda", torch.bfloat16)[0] in ("flash-attn varlen", "torch varlen")
+
+
+def in_blocks(layout: PackedLayout, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Output and gradients in bf16 of the inputs of `inputs`."""
+    *leaves, grad_THE = (x.bfloat16() for x in inputs)
+    leaves = [x.requires_grad_() for x in leaves]
+    out_THE = blocks.block_attention(*leaves, layout.runs, causal=layout.causal, scale=0.3)
+    return (out_THE.detach(), *torch.autograd.grad(out_THE, leaves, grad_THE))
+
+
+@pytest.mark.parametrize("block", [2**21, 600, 1], ids=["whole", "some", "row-by-row"])
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("lengths", [*RAGGED.values(), (33, 70, 70)], ids=[*RAGGED, "long"])
+def test_blocks_of_scores_are_dense_attention(
+    lengths: tuple[int, ...],
+    heads: tuple[int, int],
+    causal: bool,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within bf16's roundings, 2^-9 each: results, probabilities, the scores' gradient; a key's
+    gradient is a sum of rounded parts."""
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    layout = layout_of(lengths, causal)
+    given = [x.bfloat16().double() for x in inputs(sum(lengths), heads, width=32)]
+    *leaves, grad_THE = given
+    leaves = [x.requires_grad_() for x in leaves]
+    want_THE = dense_attention(*leaves, layout, 0.3)
+    wanted = (want_THE, *torch.autograd.grad(want_THE, leaves, grad_THE))
+    for ours, want in zip(in_blocks(layout, *given), wanted, strict=True):
+        # a text of one token has no gradient of its scores; what is left of it is rounding
+        scale = want.norm() if max(lengths) > 1 else grad_THE.norm()
+        assert (ours.double() - want).norm() <= 4e-3 * scale
+
+
+def test_a_text_in_blocks_has_the_same_bits_whatever_lies_beside_it() -> None:
+    *texts, grad_THE = inputs(5 * 70, (6, 2), width=64)
+    several = in_blocks(layout_of((70,) * 5, causal=False), *texts, grad_THE)
+    alone = in_blocks(layout_of((70,), causal=False), *(x[70:140] for x in (*texts, grad_THE)))
+    for among, single in zip(several, alone, strict=True):
+        assert torch.equal(among[70:140], single)
+
+
+def test_blocks_keep_queries_keys_and_values_and_leave_no_setting_behind() -> None:
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    q, k, v, _ = (x.bfloat16().requires_grad_() for x in inputs(300, (6, 2), width=64))
+    counter = GraphBytes([])
+    with counter.watch():
+        out_THE = varlen_attention(q, k, v, layout_of((100, 200), causal=False), 0.3)
+    if blocks.has_bf16_instructions():
+        assert counter.total == 2 * 300 * (6 + 2 + 2) * 64
+    out_THE.sum().backward()
+    assert matmul.fp32_precision == before

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3Model
 
-from drama import fusion
+from drama import fusion, row_blocks
 from drama.attention import ATTENTION_NAME
 from drama.blocks import Execution
 from drama.data.packing import pack
@@ -66,6 +66,23 @@ def test_compiled_blocks_give_the_same_gradients(model: Path, kind: str, recompu
     encoder.execution = Execution(compiled=True, recompute_blocks=recompute)
     assert_equal(gradients(encoder), want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert set(encoder.state_dict()) == names
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_blocks_of_rows_give_the_same_gradients(model: Path, kind: str) -> None:
+    encoder = tiny_qwen3() if kind == "qwen3" else Encoder.from_pretrained(model)
+    want = gradients(encoder)
+    names = set(encoder.state_dict())
+    assert fusion.fuse(encoder.backbone, "auto", torch.device("cpu"))[0] == "blocks of rows"
+    norms: list[int] = []
+    whole = row_blocks._Norm.apply
+    row_blocks._Norm.apply = lambda *a: norms.append(1) or whole(*a)  # type: ignore[method-assign]
+    try:
+        assert_equal(gradients(encoder), want)
+    finally:
+        row_blocks._Norm.apply = whole  # type: ignore[method-assign]
+    assert len(norms) == 2 * len(encoder.backbone.layers)
     assert set(encoder.state_dict()) == names
 
 

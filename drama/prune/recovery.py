@@ -22,7 +22,7 @@ from drama.console import console, progress
 from drama.distributed import Ranks
 from drama.errors import UserError
 from drama.files import recovered
-from drama.fusion import choose_liger, use_liger
+from drama.fusion import fuse
 from drama.hf import build_lm
 from drama.loading import BadRecords
 from drama.metrics import peak_flops, with_precision
@@ -154,9 +154,7 @@ class Recoverer:
         alignment = None
         if parent is not None and recipe.loss.hidden:
             alignment = align(self.where.folder, self.config.num_hidden_layers, parent.shape)
-        self.liger = choose_liger(recipe.step.liger, self.ranks.device)
-        if self.liger[0]:
-            use_liger(model.model, self.ranks.device.type)
+        self.fused = fuse(model.model, recipe.step.liger, self.ranks.device)
         return Student(
             model,
             recipe.loss,
@@ -193,7 +191,7 @@ class Recoverer:
             self._resume(self.start, inputs)
         self._begin()
         console.print(self.telemetry.headline(first, self.num_steps), highlight=False)
-        self.telemetry.show(self.reduction, self.liger)
+        self.telemetry.show(self.reduction, self.fused)
         evaluation = None
         with (
             progress(disable=not self.ranks.is_main) as bar,

@@ -62,7 +62,7 @@ class RecoveryStepRecipe(Strict):
 
     grad_reduction: Literal["auto", "step", "chunk"] = "auto"  # once a step, or chunk by chunk
     recompute_blocks: bool = False  # activation checkpointing: block inputs only
-    liger: OnOff = "auto"  # Liger-Kernel's norm, SwiGLU, RoPE; CUDA only
+    liger: OnOff = "auto"  # Liger-Kernel's norm, SwiGLU, RoPE on CUDA; auto: ours on a CPU
 
 
 class RecoveryEvalRecipe(Strict):

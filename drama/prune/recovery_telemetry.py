@@ -61,7 +61,7 @@ class RecoveryTelemetry(StepLog):
             f"steps of {recipe.train.batch_texts:,}{resumed}; {tokens}"
         )
 
-    def show(self, reduction: str, liger: tuple[bool, str]) -> None:
+    def show(self, reduction: str, fused: tuple[str, str]) -> None:
         """Print what the run computes with, and why."""
         device = self.ranks.device
         dtype = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
@@ -72,9 +72,7 @@ class RecoveryTelemetry(StepLog):
             [
                 Choice("attention", *attention.choose_backend(device.type, dtype)),
                 Choice("loss", loss, f"{device.type}; no logits are whole"),
-                Choice(
-                    "norm, SwiGLU, RoPE", "Liger-Kernel" if liger[0] else "transformers", liger[1]
-                ),
+                Choice("norm, SwiGLU, RoPE", *fused),
                 Choice(
                     "activations",
                     "block inputs only" if recompute else "all kept",

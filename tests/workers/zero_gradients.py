@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import load_file
 
+from drama import fusion
 from drama.blocks import Execution
 from drama.console import quiet_libraries
 from drama.data.batches import RankBatch
@@ -25,19 +26,22 @@ from drama.folder import RetrieverSettings
 from drama.gradcache import GradCache
 from drama.loss import ContrastiveLoss
 
-ON = {**asdict(Execution()), "keep_graphs": 2, "reduction": "step", "balance": True}
+ON = {
+    **asdict(Execution()), "fused": True, "keep_graphs": 2, "reduction": "step", "balance": True,
+}  # fmt: skip
 VARIANTS = {
     "all on": {},
     "whole last block": {"pooled_last_block": False},
     "norm of every token": {"pooled_norm": False},
+    "transformers' norm and SwiGLU": {"fused": False},
     "blocks recomputed": {"recompute_blocks": True},
     "no graph kept": {"keep_graphs": 0},
     "every graph kept": {"keep_graphs": 99},
     "reduced chunk by chunk": {"reduction": "chunk"},
     "ranks as they read": {"balance": False},
     "all off": {
-        "pooled_last_block": False, "pooled_norm": False, "keep_graphs": 0, "reduction": "chunk",
-        "balance": False,
+        "pooled_last_block": False, "pooled_norm": False, "fused": False, "keep_graphs": 0,
+        "reduction": "chunk", "balance": False,
     },
 }  # fmt: skip
 
@@ -73,6 +77,8 @@ def run(folder, task, batch, expected, stage, options) -> dict:
     settings = RetrieverSettings(attention=task["attention"], pooling=task["pooling"])
     encoder = Encoder.from_pretrained(folder / "model", settings=settings).train()
     encoder.execution = Execution(**{key: options[key] for key in asdict(Execution())})
+    if options["fused"]:
+        fusion.fuse(encoder.backbone, "auto", torch.device("cpu"))
     engine, *_ = deepspeed.initialize(
         model=encoder,
         optimizer=torch.optim.AdamW(encoder.parameters(), lr=1e-4),
