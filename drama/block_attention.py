@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,13 +26,16 @@ from torch import Tensor
 
 BLOCK = 2**21  # scores: 20 MiB with their gradient and what is rounded
 
+_LOCK = threading.Lock()
+
 Runs = Sequence[tuple[int, int]]
 
 
 @functools.cache
 def has_bf16_instructions() -> bool:
-    """Whether this CPU, and torch's build for it, multiplies bf16 faster than float32."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether this CPU multiplies bf16 faster than float32. oneDNN alone is no sign: it imitates
+    these instructions where AVX-512 is all there is."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
 def block_attention(
@@ -48,18 +52,19 @@ def block_attention(
 @contextmanager
 def _bf16_instructions() -> Iterator[None]:
     """Products of float32 matrices by bf16 instructions: exact where the factors were bf16, and
-    float32 from the accumulator on. The setting is the process's."""
+    float32 from the accumulator on. The setting is the process's, so one thread is here at a
+    time."""
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    with _LOCK:
+        before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    @_bf16_instructions()
     def forward(
         ctx: Any,
         q_THE: Tensor,
@@ -74,36 +79,37 @@ class _BlockAttention(torch.autograd.Function):
         groups = k_TGE.shape[1]
         out_THE = q_THE.new_empty(q_THE.shape)
         scores = _Scores(runs, causal, scale)
-        for tokens, count in _each_run(runs):
-            q, k, v = (_matrices(x[tokens], groups, count) for x in (q_THE, k_TGE, v_TGE))
-            out, q32, k32 = torch.empty_like(q), q.float(), k.float()
-            for at, rows, keys in scores.blocks(q, k):
-                p = scores.probabilities(q32[at, rows], k32[at, keys])
-                torch.bmm(p, v[at, keys], out=out[at, rows])
-            _write(out, out_THE[tokens], groups, count)
+        with _bf16_instructions():
+            for tokens, count in _each_run(runs):
+                q, k, v = (_matrices(x[tokens], groups, count) for x in (q_THE, k_TGE, v_TGE))
+                out, q32, k32 = torch.empty_like(q), q.float(), k.float()
+                for at, rows, keys in scores.blocks(q, k):
+                    p = scores.probabilities(q32[at, rows], k32[at, keys])
+                    torch.bmm(p, v[at, keys], out=out[at, rows])
+                _write(out, out_THE[tokens], groups, count)
         return out_THE
 
     @staticmethod
-    @_bf16_instructions()
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, scale = ctx.saved_tensors, ctx.scale
+        inputs, scale = ctx.saved_tensors, ctx.scale  # which may run a whole block again
         groups = inputs[1].shape[1]
         results = tuple(x.new_empty(x.shape) for x in inputs)
         scores = _Scores(ctx.runs, ctx.causal, scale)
-        for tokens, count in _each_run(ctx.runs):
-            q, k, v, do = (_matrices(x[tokens], groups, count) for x in (*inputs, *grads))
-            dq, q32, k32, v32, do32 = torch.empty_like(q), *(x.float() for x in (q, k, v, do))
-            # several blocks of queries add to the same keys
-            dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-            for at, rows, keys in scores.blocks(q, k):
-                p = scores.probabilities(q32[at, rows], k32[at, keys])
-                dv[at, keys] += torch.bmm(p.mT, do[at, rows])
-                ds = scores.gradient(do32[at, rows], v32[at, keys])
-                out = dq[at, rows]
-                torch.baddbmm(out, ds, k[at, keys], beta=0, alpha=scale, out=out)
-                dk[at, keys].add_(torch.bmm(ds.mT, q[at, rows]), alpha=scale)
-            for result, part in zip(results, (dq, dk, dv), strict=True):
-                _write(part, result[tokens], groups, count)
+        with _bf16_instructions():
+            for tokens, count in _each_run(ctx.runs):
+                q, k, v, do = (_matrices(x[tokens], groups, count) for x in (*inputs, *grads))
+                dq, q32, k32, v32, do32 = torch.empty_like(q), *(x.float() for x in (q, k, v, do))
+                # several blocks of queries add to the same keys
+                dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+                for at, rows, keys in scores.blocks(q, k):
+                    p = scores.probabilities(q32[at, rows], k32[at, keys])
+                    dv[at, keys] += torch.bmm(p.mT, do[at, rows])
+                    ds = scores.gradient(do32[at, rows], v32[at, keys])
+                    out = dq[at, rows]
+                    torch.baddbmm(out, ds, k[at, keys], beta=0, alpha=scale, out=out)
+                    dk[at, keys].add_(torch.bmm(ds.mT, q[at, rows]), alpha=scale)
+                for result, part in zip(results, (dq, dk, dv), strict=True):
+                    _write(part, result[tokens], groups, count)
         return *results, None, None, None
 
 

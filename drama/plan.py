@@ -135,7 +135,8 @@ def graph_bytes(
     """Bytes a token that a chunk's graph keeps, by running two and three blocks of this shape on
     two texts of this length.
 
-    An upper bound for a GPU in bf16: attention on a CPU keeps float32 copies.
+    An upper bound for a GPU in bf16: norms and SwiGLU keep more as transformers computes them, and
+    attention keeps float32 copies on a CPU without bf16 instructions.
     """
 
     def run(layers: int, execution: Execution) -> float:

@@ -6,6 +6,7 @@ T packed tokens, H query heads, G key/value heads, E head width.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 import pytest
@@ -178,4 +179,8 @@ def test_blocks_keep_queries_keys_and_values_and_leave_no_setting_behind() -> No
     if blocks.has_bf16_instructions():
         assert counter.total == 2 * 300 * (6 + 2 + 2) * 64
     out_THE.sum().backward()
+    layout, given = layout_of((3, 8), causal=False), inputs(11, (6, 2), width=64)
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda _: in_blocks(layout, *given), range(40)))
+    assert all(torch.equal(x[0], results[0][0]) for x in results)
     assert matmul.fp32_precision == before

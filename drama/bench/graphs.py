@@ -25,7 +25,8 @@ VOCABULARY = 128_256  # Llama 3's; embeddings are tied to nothing here
 def measure(rows: Rows) -> None:
     """Count for each shape, all activations kept and block inputs only; in bf16.
 
-    An upper bound for a GPU: attention on a CPU keeps float32 copies, the varlen kernels do not.
+    An upper bound for a GPU: norms and SwiGLU as transformers computes them, and on a CPU without
+    bf16 instructions attention keeps float32 copies.
     """
     for name, shape in SHAPES.items():
         config = EuroBertConfig(
