@@ -3,7 +3,7 @@
     CUDA, flash-attn installed    flash_attn_varlen_func
     CUDA                          torch.nn.attention.varlen (torch >= 2.11; flash attention inside);
                                   on Hopper, runs of texts of one length by cuDNN
-    CPU in bf16                   blocks of scores, where the CPU has instructions for bf16
+    CPU in bf16, training         blocks of scores, where the CPU has instructions for bf16
     CPU, and CUDA in float32      scaled_dot_product_attention, sequence by sequence
 
 It is registered with transformers under the name `drama_varlen`, so Hugging Face's own blocks call
@@ -144,7 +144,9 @@ def varlen_attention(
         if layout.last_query or not _is_hopper(q_THE.device):
             return _torch_varlen(q_THE, k_TGE, v_TGE, layout, scale)
         return _by_run(q_THE, k_TGE, v_TGE, layout, scale)
-    if choice == "blocks of scores" and not layout.last_query:
+    # threads encode beside each other, in inference mode, and the blocks' setting is the process's
+    in_training = not torch.is_inference_mode_enabled()
+    if choice == "blocks of scores" and in_training and not layout.last_query:
         return block_attention(q_THE, k_TGE, v_TGE, layout.runs, causal=layout.causal, scale=scale)
     return _sdpa_per_sequence(q_THE, k_TGE, v_TGE, layout, scale)
 

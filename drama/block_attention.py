@@ -4,7 +4,8 @@ All products run at the rate of the machine's bf16 instructions; torch's own ker
 float32's, a quarter of it. The roundings are FlashAttention's on a GPU (Dao 2023, arXiv
 2307.08691): scores and their gradient are float32 from the accumulator on, probabilities and the
 gradient of the scores are rounded where they become factors. The backward pass computes the scores
-again, so what a graph keeps are queries, keys and values.
+again, so what a graph keeps are queries, keys and values. Where one head's queries are cut, a key's
+gradient is a sum of rounded parts.
 
 T packed tokens, H query heads, G key/value heads, R = H / G queries of a key head, E head width;
 a run of C texts of L tokens has M = C G matrices of L keys and S = R L queries. A block takes n of
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 2**21  # scores: 20 MiB with their gradient and what is rounded
 
@@ -52,8 +54,8 @@ def block_attention(
 @contextmanager
 def _bf16_instructions() -> Iterator[None]:
     """Products of float32 matrices by bf16 instructions: exact where the factors were bf16, and
-    float32 from the accumulator on. The setting is the process's, so one thread is here at a
-    time."""
+    float32 from the accumulator on. The setting is the process's: one thread is here at a time, and
+    another's float32 products would be rounded too."""
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     with _LOCK:
         before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
@@ -90,6 +92,7 @@ class _BlockAttention(torch.autograd.Function):
         return out_THE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs, scale = ctx.saved_tensors, ctx.scale  # which may run a whole block again
         groups = inputs[1].shape[1]
@@ -119,7 +122,7 @@ class _Scores:
     def __init__(self, runs: Runs, causal: bool, scale: float) -> None:
         self.causal, self.scale = causal, scale
         most = max(BLOCK, max(length for length, _ in runs))
-        self.p, self.ds = (torch.empty(most) for _ in range(2))
+        self.p, self.ds = (torch.empty(most, dtype=torch.float32) for _ in range(2))
         self.rounded = torch.empty(most, dtype=torch.bfloat16)
         self.shape: tuple[int, int, int] = (0, 0, 0)
 
@@ -178,7 +181,7 @@ def _by_key_head(x_XHE: Tensor, groups: int, count: int) -> Tensor:
 
 
 def _matrices(x_XHE: Tensor, groups: int, count: int) -> Tensor:
-    """A run's tokens, contiguous: [M, S, E] or [M, L, E]."""
+    """A run's tokens: [M, S, E] or [M, L, E]."""
     return _by_key_head(x_XHE, groups, count).reshape(count * groups, -1, x_XHE.shape[-1])
 
 

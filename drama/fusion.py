@@ -39,7 +39,9 @@ def fuse(backbone: Any, wanted: str, device: torch.device) -> tuple[str, str]:
         raise UserError("step.liger on: not installed; pip install liger-kernel, or say auto")
     if device.type == "cpu":
         _replace(backbone, row_blocks.rms_norm, row_blocks.silu_mul)
-        return "blocks of rows", "less of a graph to keep, fewer passes over memory"
+        return "blocks of rows", "less of a graph to keep; RoPE is transformers'"
+    if device.type != "cuda":
+        return "transformers", f"nothing fused for {device.type}"
     if not has_liger():
         return "transformers", "liger_kernel is not installed"
     use_liger(backbone, device.type)

@@ -82,8 +82,8 @@ def adamw(
 
         if op_builder.CPUAdamBuilder().is_compatible(verbose=False):
             return adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    # fused is one pass over weights and states, on a CPU seven times as fast
-    return torch.optim.AdamW(groups, fused=not offloaded or None, **options)
+    # one pass over weights and states, on a CPU seven times as fast
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def start_engine(

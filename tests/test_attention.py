@@ -6,8 +6,10 @@ T packed tokens, H query heads, G key/value heads, E head width.
 from __future__ import annotations
 
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -179,8 +181,45 @@ def test_blocks_keep_queries_keys_and_values_and_leave_no_setting_behind() -> No
     if blocks.has_bf16_instructions():
         assert counter.total == 2 * 300 * (6 + 2 + 2) * 64
     out_THE.sum().backward()
-    layout, given = layout_of((3, 8), causal=False), inputs(11, (6, 2), width=64)
-    with ThreadPoolExecutor(4) as threads:
-        results = list(threads.map(lambda _: in_blocks(layout, *given), range(40)))
-    assert all(torch.equal(x[0], results[0][0]) for x in results)
     assert matmul.fp32_precision == before
+
+
+def test_threads_attend_in_blocks_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setting is the process's: who leaves first would take it from the others, who leaves last
+    would leave it behind."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    inside: list[str] = []
+    whole = blocks._Scores.probabilities
+
+    def slow(*arguments: Any) -> Tensor:
+        time.sleep(0.002)
+        inside.append(matmul.fp32_precision)
+        return whole(*arguments)
+
+    monkeypatch.setattr(blocks._Scores, "probabilities", slow)
+    layout, given = layout_of((30, 80), causal=False), inputs(110, (6, 2), width=64)
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda _: in_blocks(layout, *given), range(20)))
+    for result in results:
+        assert all(map(torch.equal, result, results[0]))
+    assert set(inside) == {"bf16"}
+    assert matmul.fp32_precision == before
+
+
+def test_inference_leaves_the_setting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are encoded in threads beside each other."""
+    taken: list[int] = []
+    whole = blocks.block_attention
+    monkeypatch.setattr(
+        module, "block_attention", lambda *a, **o: taken.append(1) or whole(*a, **o)
+    )
+    q, k, v, _ = (x.bfloat16() for x in inputs(20, (6, 2), width=64))
+    layout = layout_of((10, 10), causal=False)
+    with torch.inference_mode():
+        encoded = varlen_attention(q, k, v, layout, 0.3)
+    assert not taken
+    with torch.no_grad():
+        trained = varlen_attention(q, k, v, layout, 0.3)
+    assert len(taken) == blocks.has_bf16_instructions()
+    torch.testing.assert_close(encoded, trained, rtol=2**-6, atol=2**-7)

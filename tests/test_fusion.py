@@ -1,9 +1,12 @@
 """Fused element-wise work changes nothing: Liger-Kernel in the interpreter, Inductor for real."""
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,20 +72,52 @@ def test_compiled_blocks_give_the_same_gradients(model: Path, kind: str, recompu
     assert set(encoder.state_dict()) == names
 
 
+def count(calls: list[str], name: str, function: Callable[..., Any], *inputs: Any) -> Any:
+    calls.append(name)
+    return function(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "liger", "found"),
+    [
+        ("off", "cpu", True, "transformers"),
+        ("auto", "cuda", False, "transformers"),
+        ("auto", "cuda", True, "Liger-Kernel"),
+        ("auto", "meta", True, "transformers"),
+    ],
+)
+def test_who_fuses(
+    model: Path,
+    wanted: str,
+    device: str,
+    liger: bool,
+    found: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used: list[str] = []
+    monkeypatch.setattr(fusion, "has_liger", lambda: liger)
+    monkeypatch.setattr(fusion, "use_liger", lambda backbone, device: used.append(device))
+    backbone = Encoder.from_pretrained(model).backbone
+    assert fusion.fuse(backbone, wanted, torch.device(device))[0] == found
+    assert used == ([device] if found == "Liger-Kernel" else [])
+    assert "forward" not in vars(backbone.layers[0].mlp)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_blocks_of_rows_give_the_same_gradients(model: Path, kind: str) -> None:
+def test_blocks_of_rows_give_the_same_gradients(
+    model: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder = tiny_qwen3() if kind == "qwen3" else Encoder.from_pretrained(model)
     want = gradients(encoder)
     names = set(encoder.state_dict())
     assert fusion.fuse(encoder.backbone, "auto", torch.device("cpu"))[0] == "blocks of rows"
-    norms: list[int] = []
-    whole = row_blocks._Norm.apply
-    row_blocks._Norm.apply = lambda *a: norms.append(1) or whole(*a)  # type: ignore[method-assign]
-    try:
-        assert_equal(gradients(encoder), want)
-    finally:
-        row_blocks._Norm.apply = whole  # type: ignore[method-assign]
-    assert len(norms) == 2 * len(encoder.backbone.layers)
+    calls: list[str] = []
+    for function in (row_blocks._Norm, row_blocks._Gated):
+        counted = functools.partial(count, calls, function.__name__, function.apply)
+        monkeypatch.setattr(function, "apply", counted)
+    assert_equal(gradients(encoder), want)
+    blocks = len(encoder.backbone.layers)
+    assert (calls.count("_Norm"), calls.count("_Gated")) == (2 * blocks, blocks)
     assert set(encoder.state_dict()) == names
 
 

@@ -134,7 +134,7 @@ def test_the_run_says_once_what_it_computes_with(long_world: Path) -> None:
     assert table["activations"][0] == "block inputs only"
     assert table["norm, SwiGLU, RoPE"] == (
         "blocks of rows",
-        "less of a graph to keep, fewer passes over memory",
+        "less of a graph to keep; RoPE is transformers'",
     )
     assert table["kept graphs"] == ("auto", "measured in the first step")
     lines = [

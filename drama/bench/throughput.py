@@ -128,7 +128,7 @@ def first_pairs(batch: RankBatch, count: int) -> RankBatch:
 
 
 @contextmanager
-def ours(way: Ours, folder: Path) -> Iterator[Callable[[RankBatch], float]]:
+def ours(way: Ours, folder: Path, device: torch.device) -> Iterator[Callable[[RankBatch], float]]:
     """A step of ours; returns the loss before the update."""
     kind = Encoder if way.packed else PaddedEncoder
     encoder = kind.from_pretrained(folder).train()
@@ -136,7 +136,7 @@ def ours(way: Ours, folder: Path) -> Iterator[Callable[[RankBatch], float]]:
         way.pooled_last_block, way.pooled_norm, compiled=way.fused == "compile"
     )
     if way.fused == "auto":
-        fusion.fuse(encoder.backbone, "auto", next(encoder.parameters()).device)
+        fusion.fuse(encoder.backbone, "auto", device)
     engine, *_ = deepspeed.initialize(
         model=encoder,
         optimizer=_adamw(encoder),
@@ -276,7 +276,7 @@ def _timed(
     The peak is that of the last step before, since on a CPU its count begins with giving back what
     malloc holds, which the step then has to fault in again.
     """
-    opened = ours(way, folder) if isinstance(way, Ours) else theirs(way, folder, device)
+    opened = ours(way, folder, device) if isinstance(way, Ours) else theirs(way, folder, device)
     on_gpu = device.type == "cuda"
     with opened as step:
         if isinstance(way, Ours):
@@ -316,6 +316,7 @@ def ablation(whole: Ours) -> list[Ours]:
         replace(whole, pooled_last_block=False),
         replace(whole, pooled_norm=False),
         replace(whole, keep_graphs=0),
-        replace(whole, reduction="step"),
+        # what "auto" does not take under ZeRO 1
+        replace(whole, reduction="step" if torch.cuda.is_available() else "chunk"),
         replace(whole, fused="off"),
     ]
