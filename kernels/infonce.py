@@ -34,6 +34,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -255,16 +256,14 @@ def _run(
         symmetric,
         trains_temperature,
     )
-    with torch.autocast(q_BD.device.type, enabled=False):
+    # entering it takes a fiftieth of a small matrix's time
+    casts = torch.is_autocast_enabled(q_BD.device.type)
+    with torch.autocast(q_BD.device.type, enabled=False) if casts else nullcontext():
         done = _evaluate(problem, backend, with_gradient=with_gradient)
         loss_P = done.loss_PB.mean(1)
         # not a product with a tensor of the weights: copying that to a GPU would wait for it
-        weighted = (
-            loss_P
-            if set(weights) == {1.0}
-            else torch.stack([part * w for part, w in zip(loss_P, weights, strict=True)])
-        )
-        loss = weighted.sum()
+        parts = [part if w == 1 else part * w for part, w in zip(loss_P, weights, strict=True)]
+        loss = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
     gradients = (done.dq_BD, done.dk_ND, done.dtemperature if trains_temperature else None)
     dq_BD, dk_ND, dtemperature = (
         x.new_empty(0) if grad is None else grad.to(saved_dtype(x))
