@@ -43,7 +43,7 @@ def has_bf16_instructions() -> bool:
 def block_attention(
     q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, runs: Runs, *, causal: bool, scale: float
 ) -> Tensor:
-    """Attention of every text over itself alone: [T, H, E] in bf16.
+    """Attention of every text over itself alone: [T, H, E], all in bf16; H is a multiple of G.
 
     runs: lengths, and how many neighbours have each, in the order of the tokens.
     """

@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) up, which the backward pass computes again."""
+    """silu(gate) up, [..., F] as both are; the backward pass computes silu again."""
     out: Tensor = _Gated.apply(gate, up)
     return out
 
@@ -35,7 +35,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         out = x.new_empty(x.shape)
         accumulated = torch.promote_types(x.dtype, torch.float32)
-        scale_T1 = torch.empty(x.numel() // x.shape[-1], 1, dtype=accumulated)
+        scale_T1 = x.new_empty(x.numel() // x.shape[-1], 1, dtype=accumulated)
         for x_rD, scale_r1, out_rD in _rows(x.shape[-1], x, scale_T1, out):
             y_rD = x_rD.to(accumulated, copy=True)
             torch.linalg.vector_norm(y_rD, dim=1, keepdim=True, out=scale_r1)
@@ -50,7 +50,7 @@ class _Norm(torch.autograd.Function):
         x, weight_D, scale_T1 = ctx.saved_tensors
         width, accumulated = x.shape[-1], scale_T1.dtype
         dx = x.new_empty(x.shape)
-        dweight_D = torch.zeros(width, dtype=accumulated)
+        dweight_D = scale_T1.new_zeros(width)
         for x_rD, scale_r1, grad_rD, dx_rD in _rows(width, x, scale_T1, *grads, dx):
             y_rD = x_rD.to(accumulated, copy=True).mul_(scale_r1)
             dy_rD = grad_rD.to(accumulated, copy=True)

@@ -262,8 +262,12 @@ def _run(
         done = _evaluate(problem, backend, with_gradient=with_gradient)
         loss_P = done.loss_PB.mean(1)
         # not a product with a tensor of the weights: copying that to a GPU would wait for it
-        parts = [part if w == 1 else part * w for part, w in zip(loss_P, weights, strict=True)]
-        loss = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+        weighted = (
+            loss_P
+            if set(weights) == {1.0}
+            else torch.stack([part * w for part, w in zip(loss_P, weights, strict=True)])
+        )
+        loss = weighted.sum()  # of one prefix too: no two results may share memory
     gradients = (done.dq_BD, done.dk_ND, done.dtemperature if trains_temperature else None)
     dq_BD, dk_ND, dtemperature = (
         x.new_empty(0) if grad is None else grad.to(saved_dtype(x))

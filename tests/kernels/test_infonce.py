@@ -195,6 +195,18 @@ def test_the_operator_keeps_its_contract(backend, dtype, transposed):
     torch.library.opcheck(facade._infonce, (*inputs, batch.positive_B, temperature, *options))
 
 
+@pytest.mark.parametrize("prefixes", [(8,), (4, 8)], ids=str)
+def test_results_share_no_memory(prefixes: tuple[int, ...]) -> None:
+    """One may be changed in place, and an operator of torch.compile must return none twice."""
+    q_BD, k_ND = torch.randn(6, 8), torch.randn(9, 8)
+    for backend in BACKENDS:
+        out = infonce(
+            q_BD, k_ND, torch.arange(6), temperature=0.1, prefixes=prefixes, backend=backend
+        )
+        places = {x.untyped_storage().data_ptr() for x in (out.loss, out.loss_P)}
+        assert len(places) == 2
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_compiler_generates_code_around_it(backend):
     """Strides that the compiler was promised are those that it gets."""
