@@ -1,12 +1,21 @@
 """Joining the ranks: what a stopped compile leaves behind must not stop the next run."""
 
+import hashlib
 import mmap
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from drama.distributed import Ranks, _check_alone, _is_open, _prepare_extensions, free_port
+from drama.distributed import (
+    Ranks,
+    _check_alone,
+    _is_open,
+    _let_gloo_finish,
+    _prepare_extensions,
+    free_port,
+)
 from drama.errors import UserError
 
 
@@ -92,3 +101,26 @@ def test_buffers_that_a_killed_run_left_are_dropped(extensions):
     finally:
         for path in (left, mapped, young):
             path.unlink(missing_ok=True)
+
+
+def test_the_end_waits_for_threads_of_gloo():
+    """Not before such a thread sleeps may the interpreter end."""
+    named, done, go_on = threading.Event(), threading.Event(), threading.Event()
+    work = bytes(300_000_000)
+
+    def run():
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("pt_gloo_runloop")
+        named.set()
+        hashlib.sha256(work).digest()  # without the interpreter's lock
+        done.set()
+        go_on.wait()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        assert named.wait(10)
+        _let_gloo_finish()
+        assert done.is_set()
+    finally:
+        go_on.set()
+        thread.join()
