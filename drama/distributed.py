@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import itertools
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -136,42 +138,39 @@ class Ranks:
                     "deepspeed --master_port PORT"
                 ) from error
             raise
+        atexit.register(_let_gloo_finish)
+        stopped: Stopped | None = None
         try:
-            stopped: Stopped | None = None
-            try:
-                yield cls(dist.get_rank(), dist.get_world_size(), device)
-            except Stopped as error:
-                stopped = error
-            # nobody leaves before everybody is done: gloo aborts when a peer closes in teardown
-            dist.barrier()
-            if local_rank == 0:
-                _drop_shared_buffers(f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}")
-            dist.destroy_process_group()
-            if stopped is not None:
-                raise stopped
-        finally:
-            _let_gloo_finish()
+            yield cls(dist.get_rank(), dist.get_world_size(), device)
+        except Stopped as error:
+            stopped = error
+        # nobody leaves before everybody is done: gloo aborts when a peer closes during teardown
+        dist.barrier()
+        if local_rank == 0:
+            _drop_shared_buffers(f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}")
+        dist.destroy_process_group()
+        if stopped is not None:
+            raise stopped
 
 
 def _let_gloo_finish() -> None:
-    """Wait, for ten seconds at most, until gloo's threads sleep.
+    """Wait, two seconds at most, until gloo's threads sleep.
 
     DeepSpeed's engines are never freed and keep their groups' threads alive. A thread that lets go
     of a finished collective's tensors while the interpreter ends aborts the process
     (github.com/pytorch/pytorch/issues/190489), and on a loaded machine it may lag that far behind.
     """
-    deadline, quiet = time.monotonic() + 10, 0
-    while quiet < 2 and time.monotonic() < deadline:
+    deadline, quiet = time.monotonic() + 2, 0  # below the watchdog's patience with a rank that ends
+    while quiet < 3 and time.monotonic() < deadline:
         time.sleep(0.005)  # without the interpreter's lock, which such a thread may wait for
         quiet = 0 if _gloo_runs() else quiet + 1
 
 
 def _gloo_runs() -> bool:
-    """Whether a thread of gloo is not asleep, as Linux tells it; False elsewhere."""
+    """Whether a thread of gloo that holds tensors runs, as Linux tells it; False elsewhere."""
     for thread in Path("/proc/self/task").glob("*/stat"):
         with contextlib.suppress(OSError):  # it has ended since
-            name, state = thread.read_text().split(" (", 1)[1].rsplit(") ", 1)
-            if "gloo" in name and state[0] != "S":
+            if re.search(rb"\(pt_gloo_runloop\) [RD]", thread.read_bytes()):
                 return True
     return False
 

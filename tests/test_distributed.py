@@ -3,7 +3,10 @@
 import hashlib
 import mmap
 import os
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from drama.distributed import (
     Ranks,
     _check_alone,
+    _gloo_runs,
     _is_open,
     _let_gloo_finish,
     _prepare_extensions,
@@ -106,7 +110,7 @@ def test_buffers_that_a_killed_run_left_are_dropped(extensions):
 def test_the_end_waits_for_threads_of_gloo():
     """Not before such a thread sleeps may the interpreter end."""
     named, done, go_on = threading.Event(), threading.Event(), threading.Event()
-    work = bytes(300_000_000)
+    work = bytes(50_000_000)
 
     def run():
         Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("pt_gloo_runloop")
@@ -121,6 +125,22 @@ def test_the_end_waits_for_threads_of_gloo():
         assert named.wait(10)
         _let_gloo_finish()
         assert done.is_set()
+        time.sleep(0.1)
+        assert not _gloo_runs(), "a thread that waits is none to wait for"
     finally:
         go_on.set()
         thread.join()
+
+
+def test_gloos_threads_have_the_name_that_is_looked_for(tmp_path):
+    """Torch names them; were it to rename them, nobody would be waited for."""
+    code = (
+        "import torch, torch.distributed as dist, time; from pathlib import Path\n"
+        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/store', rank=0, "
+        "world_size=1)\n"
+        "dist.all_reduce(torch.ones(1)); time.sleep(0.5)\n"
+        "print(*(p.read_text().strip() for p in Path('/proc/self/task').glob('*/comm')))\n"
+        "dist.destroy_process_group()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pt_gloo_runloop" in done.stdout.split()
